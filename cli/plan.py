@@ -360,6 +360,9 @@ def _compare(plans: "list[Plan]", rows: int) -> None:
             )
         )
     show_table(f"{counted(rows, 'image')} on {_device(plans[0])}", columns, lines)
+    for plan in plans:
+        for line in _memory_lines(plan):
+            typer.echo(line)
     uncounted = [plan.recipe for plan in plans if not plan.teacher_is_counted]
     if uncounted:
         typer.echo(f"{', '.join(uncounted)}: {UNCOUNTED_TEACHER}")
@@ -407,6 +410,8 @@ def _show(plan: "Plan", rows: int) -> None:
         cache = _bytes(plan.cache_bytes) if name == "as planned" else "none"
         memory = _bytes(cost.peak_bytes)
         lines.append((name, cache, *_flops(cost), memory, *_time(cost)))
+    for line in _memory_lines(plan):
+        typer.echo(line)
     if plan.teacher_bytes:
         typer.echo(
             f"teacher: {_bytes(plan.teacher_bytes)} of features, computed once, then read from "
@@ -417,7 +422,28 @@ def _show(plan: "Plan", rows: int) -> None:
     steps = (
         f"{counted(rows, 'image')}, {counted(plan.n_steps, 'step')} of {plan.batch_size:,} pairs"
     )
+    by_epoch = plan.steps_by_epoch
+    if by_epoch["images"] != by_epoch["pairs"]:
+        typer.echo(
+            f"steps: {by_epoch['pairs']:,} if an epoch counts pairs, {by_epoch['images']:,} if it "
+            f"counts images; this recipe takes {plan.n_steps:,} (schedule.epoch)"
+        )
     show_table(f"{plan.path}: {steps} on {_device(plan)}", columns, lines)
+
+
+def _memory_lines(plan: "Plan") -> list[str]:
+    """Say where the planned training does not fit into the device, and what would."""
+    if plan.fitting_slice is None or plan.device.memory_bytes is None:
+        return []
+    problem = (
+        f"{plan.recipe}: the peak memory of {_bytes(plan.planned.peak_bytes)} is beyond the "
+        f"{_bytes(plan.device.memory_bytes)} of {plan.device.name}"
+    )
+    if plan.path == "fit-head":
+        return [f"{problem}; lower schedule.batch_size"]
+    if plan.fitting_slice:
+        return [f"{problem}; --slice {plan.fitting_slice} fits"]
+    return [f"{problem}, and no --slice fits; choose a larger device"]
 
 
 def _device(plan: "Plan") -> str:

@@ -16,11 +16,11 @@ from .option_groups import (
     Json,
     PairModels,
     Source,
-    SourceOptions,
     TextCuts,
     TextEncoders,
     takes_groups,
 )
+from .source_options import SourceOptions
 from .terminal import ending, show_json, show_table, warn
 
 if TYPE_CHECKING:

@@ -231,7 +231,7 @@ def _image_preprocess(spec: EncoderSpec, config: dict[str, Any]) -> tuple[Prepro
         spec,
         reference=image_transform_v2(PreprocessCfg(**config), is_train=False),
         backend="open-clip-pil",
-        tensor_form=_tensor_form(config),
+        tensor_form=read_tensor_form(config),
     )
 
 
@@ -366,7 +366,7 @@ def _architecture(model: LibraryModel, spec: EncoderSpec, folder: Path | None) -
     return {"class": type(model).__name__, "config": described}
 
 
-def _tensor_form(config: dict[str, Any]) -> TensorPreprocess | None:
+def read_tensor_form(config: dict[str, Any]) -> TensorPreprocess | None:
     """Return the preprocessing on tensors; None unless it is a square crop of the short side."""
     size = config["size"]
     if isinstance(size, int):

@@ -12,6 +12,7 @@ from torch import nn
 from apecache.device import resolve_device
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.frozen_tower import FrozenTower
+from apecache.encoders.joined import join_image_encoders, join_text_encoders
 from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.module_map import read_module_map
 from apecache.encoders.preprocess import Preprocess
@@ -21,23 +22,25 @@ from apecache.errors import EncoderError
 
 
 def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
-    """Load one image encoder.
+    """Load one image encoder; joined ones are loaded together and look like one.
 
     Raises:
         EncoderError: the encoder cannot be loaded.
         OptionError: the device cannot be used.
     """
-    return load_image_encoders([spec], device)[0]
+    encoders = load_image_encoders(spec.singles, device)
+    return encoders[0] if len(encoders) == 1 else join_image_encoders(encoders)
 
 
 def load_text_encoder(spec: EncoderSpec, device: str = "auto") -> TextEncoder:
-    """Load one text encoder.
+    """Load one text encoder; joined ones are loaded together and look like one.
 
     Raises:
         EncoderError: the encoder cannot be loaded.
         OptionError: the device cannot be used.
     """
-    return load_text_encoders([spec], device)[0]
+    encoders = load_text_encoders(spec.singles, device)
+    return encoders[0] if len(encoders) == 1 else join_text_encoders(encoders)
 
 
 def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> list[ImageEncoder]:
@@ -46,6 +49,7 @@ def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> l
     Cuts of one model share it, so that one forward pass serves all of them. Raises EncoderError as
     `load_image_encoder` does.
     """
+    _require_encoders(specs)
     for spec in specs:
         if spec.pooling == "last":
             raise EncoderError(
@@ -79,6 +83,7 @@ def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> l
 
 def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> list[TextEncoder]:
     """Load several text encoders, as `load_image_encoders` does."""
+    _require_encoders(specs)
     torch_device = resolve_device(device)
     loaded: dict[EncoderSpec, TextEncoder] = {}
     for cuts in _by_model(specs):
@@ -97,6 +102,22 @@ def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> li
                 encoders = load_transformers_text(cuts, torch_device)
         loaded |= zip(cuts, encoders, strict=True)
     return [loaded[spec] for spec in specs]
+
+
+NO_ENCODER = (
+    "were imported without their encoder, so new {side}s cannot be encoded; what is in a store can "
+    "be evaluated, indexed and searched by --key, and for live queries import the features again "
+    "with --{side}-encoder and fit on them"
+)
+
+
+def _require_encoders(specs: Sequence[EncoderSpec]) -> None:
+    """Refuse features that were imported without naming their encoder."""
+    for spec in specs:
+        if spec.is_imported:
+            raise EncoderError(
+                f"{spec.modality} features {spec.name} {NO_ENCODER.format(side=spec.modality)}"
+            )
 
 
 def load_classifier(spec: EncoderSpec) -> nn.Module:
@@ -132,6 +153,7 @@ def shape_tower(spec: EncoderSpec, device: str = "meta", is_frozen: bool = False
         EncoderError: the encoder's description cannot be read, or it is not frozen and cannot be
             seen as a tower.
     """
+    _require_encoders([spec])
     if spec.library == "st" and not is_frozen:
         raise frozen_only(spec)
     module = _shape_module(spec, device)

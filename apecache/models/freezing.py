@@ -95,6 +95,19 @@ def trained_parameters(
     return list(trained.items())
 
 
+def spared_parameters(
+    tower: Tower,
+    matches: Sequence[FreezeDecision],
+    sections: Sequence[str],
+) -> list[nn.Parameter]:
+    """Return the trained parameters of one tower that belong to these parts of it."""
+    return [
+        tower.parameter(match.part)
+        for match in matches
+        if match.train and match.side == tower.modality and match.part.section in sections
+    ]
+
+
 def freeze_head(
     side: Modality,
     head: nn.Module,
@@ -295,7 +308,7 @@ def _require_matches(
     sides = {tower.modality for tower, _ in tower_parts}
     for rule in rules:
         selector = parse_selector(rule.part)
-        if selector.side not in (None, *sides):
+        if rule.optional or selector.side not in (None, *sides):
             continue
         if not any(_fits(selector, tower_part, tower) for tower, tower_part in tower_parts):
             raise RecipeError(f"rule {rule.part!r} fits nothing; {_existing(tower_parts)}")

@@ -102,6 +102,8 @@ class Rule(Settings):
     train: bool = True
     lr: float = Field(default=1.0, gt=0)
     """Factor of the learning rate."""
+    optional: bool = False
+    """Whether towers without such a part are accepted."""
 
     @field_validator("part")
     @classmethod

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apecache.arguments import AnyPath, as_path, require_type
-from apecache.errors import MismatchError, RunError, nearest_sibling, raise_if_refused
+from apecache.errors import MismatchError, RecipeError, RunError, nearest_sibling, raise_if_refused
 from apecache.fingerprint import (
     Fingerprint,
     Json,
@@ -169,8 +169,8 @@ def load_heads(folder: AnyPath, device: torch.device | str = "cpu") -> TrainedHe
             bias=None if value.get("bias") is None else float(value["bias"]),
         )
     except (KeyError, TypeError, ValueError, ValidationError, RuntimeError, OverflowError) as error:
-        # The RunError of a newer format is itself a ValueError: do not report it as damage.
-        if isinstance(error, RunError):
+        # A newer format and a head that is not registered are no damage. They are ValueErrors too.
+        if isinstance(error, RunError | RecipeError):
             raise
         raise RunError(f"{path} is damaged: {str(error).splitlines()[0]}; train again") from None
     _load_weights(heads, folder / WEIGHTS)

@@ -17,8 +17,10 @@ from apecache.data.images import PICTURES, Picture, open_readable, require_pictu
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError
 from apecache.extraction.encode import caption_error
+from apecache.runs.bundle import bundled_encoders
 from apecache.runs.load import BATCH, Embed, Run, image_embedder, load_run, text_embedder
 from apecache.runs.remote import fetched_run
+from apecache.storage.bucket import is_object_url
 
 Embeddings = NDArray[np.float32]
 Item = TypeVar("Item")
@@ -124,7 +126,8 @@ def load(
     Encoders whose towers were trained are loaded here, others when they are first needed.
 
     Args:
-        run: Folder of the run, or its URL on object storage.
+        run: Folder of the run or bundle, its URL on object storage, or `hf://ORG/NAME` on the
+            Hugging Face hub, with `@REVISION` if it is not the newest.
         image: Image encoder at its new place, if it has moved.
         text: Text encoder at its new place, if it has moved.
         device: Device of the encoders and heads.
@@ -138,13 +141,25 @@ def load(
     require_type(image, EncoderSpec, "image", optional=True)
     require_type(text, EncoderSpec, "text", optional=True)
     # All weights are read here: a copy that was fetched is removed at the end of the block.
-    with fetched_run(as_place(run, "run")) as folder:
-        return ImageTextModel(
-            run=load_run(folder, device=device, image=image, text=text),
-            image=image,
-            text=text,
+    place = as_place(run, "run")
+    with fetched_run(place) as folder:
+        bundled_image, bundled_text = bundled_encoders(folder)
+        model = ImageTextModel(
+            run=load_run(
+                folder,
+                device=device,
+                image=image or bundled_image,
+                text=text or bundled_text,
+            ),
+            image=image or bundled_image,
+            text=text or bundled_text,
             device=device,
         )
+        if is_object_url(place) and (bundled_image or bundled_text):
+            # The encoders lie in the copy that is removed below.
+            model.encode_text(["a"])
+            model.encode_image([Image.new("RGB", (32, 32))])
+        return model
 
 
 def _listed(images: Iterable[Picture]) -> Iterable[Picture]:

@@ -11,10 +11,12 @@ from apecache.arguments import as_path
 from apecache.device import seeded_generators
 from apecache.errors import OptionError, RecipeError
 from apecache.fingerprint import Fingerprint, Json
+from apecache.heads.head import HeadSpec
 from apecache.models.dual_encoder import EncoderModel, Side, Teacher, build_model
 from apecache.recipes.recipe import Recipe
 from apecache.runs.heads import TrainedHeads
 from apecache.store.array import FeatureArray
+from apecache.store.joined import widths_of
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import FeaturePairs
 from apecache.train.encoder_data import (
@@ -133,7 +135,7 @@ def set_up(
         start = open_start(as_path(spec.init_from, "init_from"), recipe, (image, text))
     opened = FitInputs(
         store=store,
-        recipe=recipe,
+        recipe=_with_widths(recipe, image, text),
         spec=spec,
         sources=(image, text),
         teacher=teacher,
@@ -151,6 +153,15 @@ def set_up(
         train=train,
         dev=dev,
     )
+
+
+def _with_widths(recipe: Recipe, image: SideSource, text: SideSource) -> Recipe:
+    """Return the recipe with the widths of the encoders whose cached features its heads join."""
+    heads: dict[str, HeadSpec] = {}
+    for source, spec in ((image, recipe.image), (text, recipe.text)):
+        widths = (source.dim,) if source.array is None else widths_of(source.array)
+        heads[source.side] = spec.with_widths(widths)
+    return recipe.model_copy(update=heads)
 
 
 def _model(opened: FitInputs, train: FeaturePairs, device: torch.device) -> EncoderModel:

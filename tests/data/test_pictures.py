@@ -371,7 +371,7 @@ def cut() -> Image.Image:
     ("make", "reason"),
     [
         (lambda: b"", r"images\[0\] has 0 bytes"),
-        (lambda: b"<html>", r"images\[0\] is none of JPEG"),
+        (lambda: b"<html>", r"images\[0\] is a web page; expected JPEG"),
         (
             lambda: Image.new("RGB", (0, 0)),
             r"images\[0\] has 0 x 0 pixels; expected at least 1 x 1",
