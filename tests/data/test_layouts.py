@@ -415,6 +415,10 @@ def test_img2dataset_files_have_captions_and_no_classes(tmp_path: Path) -> None:
             [("dev", "cat"), ("train", "cat"), ("val", "dog")],
         ),
         (
+            ("train2014/a.png", "train2017/b.png", "val2017/c.png"),
+            [("train", ""), ("train", ""), ("val", "")],
+        ),
+        (
             ("test/a.png", "testing/b.png", "train/c.png"),
             [("test", ""), ("testing", ""), ("train", "")],
         ),
