@@ -8,11 +8,11 @@ verified.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from apecache.arguments import AnyPath
 from apecache.data.pairs import PairSource
 from apecache.extraction.contents import stored_blocks, table_contents
 from apecache.extraction.encode import ImageJob, TextJob
@@ -36,7 +36,7 @@ class ReusableStore:
     store: FeatureStore
 
     @staticmethod
-    def open(path: str | Path | None) -> "ReusableStore | None":
+    def open(path: AnyPath | None) -> "ReusableStore | None":
         """Open the store to take features from; None without one."""
         return None if path is None else ReusableStore(store=FeatureStore.open(path))
 
