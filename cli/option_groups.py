@@ -44,6 +44,14 @@ Overwrite = Annotated[
 ]
 
 Source = Annotated[str, typer.Argument(help=SOURCE)]
+View = Annotated[
+    str | None,
+    typer.Option(
+        "--view",
+        metavar="VIEW",
+        help="View of the store: its id or number in apecache views list. Default: the newest.",
+    ),
+]
 CompleteStore = Annotated[str, typer.Argument(help="A complete feature store.")]
 MaxBad = Annotated[
     float,
@@ -89,6 +97,15 @@ TextEncoders = Annotated[
         "--text",
         metavar="ENCODER",
         help="Text encoder: hf:ID, st:ID, open_clip:NAME/TAG or LIBRARY:/folder. Repeatable.",
+    ),
+]
+PairModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="ENCODER",
+        help="Image-text model (CLIP, SigLIP, …) as both encoders: hf:ID, open_clip:NAME/TAG, "
+        "st:ID or LIBRARY:/folder. Repeatable.",
     ),
 ]
 ImageCuts = Annotated[
@@ -141,6 +158,16 @@ MovedText = Annotated[
     ),
 ]
 
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="TRACKER",
+        help="Also log to wandb, trackio or mlflow (extras of these names), with =PROJECT if it "
+        "is not apecache; or tensorboard=FOLDER (extra: track). Repeatable.",
+        rich_help_panel=ADVANCED,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -182,7 +209,7 @@ ImageFeatures = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Image features to use, if the store has several.",
+        help="Image features to use, if the store has several. A,B: both, side by side.",
         rich_help_panel=FEATURES,
     ),
 ]
@@ -190,7 +217,7 @@ TextFeatures = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Text features to use, if the store has several.",
+        help="Text features to use, if the store has several. A,B: both, side by side.",
         rich_help_panel=FEATURES,
     ),
 ]
@@ -340,3 +367,4 @@ class LedgerOptions(OptionGroup):
             rich_help_panel=ADVANCED,
         ),
     ] = None
+    track: Track = None

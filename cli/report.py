@@ -12,6 +12,7 @@ from .option_groups import (
     Json,
     OptionGroup,
     Root,
+    View,
     takes_groups,
 )
 from .terminal import command_line, ending, show_json
@@ -31,6 +32,7 @@ class PageOptions(OptionGroup):
         str | None,
         typer.Option(metavar="STORE", help="Feature store. Adds measurements and pictures."),
     ] = None
+    view: View = None
     split: Annotated[
         str | None,
         typer.Option(
@@ -40,6 +42,14 @@ class PageOptions(OptionGroup):
     ] = None
     root: Root = None
     source: ImagesFrom = None
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENCODER",
+            help="Also measure a ready-made model: open_clip:NAME/TAG, or hf:ID of a CLIP or "
+            "SigLIP.",
+        ),
+    ] = None
     title: Annotated[str, typer.Option(help="Heading of the page.", rich_help_panel=PAGE)] = ""
     items: Annotated[
         int, typer.Option(min=1, help="Queries in each gallery.", rich_help_panel=PAGE)
@@ -125,13 +135,16 @@ def runs_page(runs: list[Path], out: Path, options: PageOptions, device: str) ->
     from apecache.errors import OptionError
     from apecache.report.report_page import ReportSpec, report_page
 
-    if options.store is None and (options.split or options.root or options.source):
-        raise OptionError("--split, --root and --source need --store; give --store STORE too")
+    needs_store = (options.split, options.root, options.source, options.baseline)
+    if options.store is None and any(needs_store):
+        raise OptionError(
+            "--split, --root, --source and --baseline need --store; give --store STORE too"
+        )
     opened = None
     if options.store is not None:
         from apecache.store.reader import FeatureStore
 
-        opened = FeatureStore.open(options.store)
+        opened = FeatureStore.open(options.store, options.view)
     spec = ReportSpec(
         opened,
         split=options.split,
@@ -140,6 +153,7 @@ def runs_page(runs: list[Path], out: Path, options: PageOptions, device: str) ->
         command=command_line(),
         n_items=options.items,
         device=device,
+        baseline=options.baseline,
     )
     return report_page(runs, out, spec)
 

@@ -35,12 +35,17 @@ def moved_encoders(
 
     None for an encoder without a new name: the run's own record holds for it.
     """
-    if image is None and text is None:
+    # The file of apecache.runs.bundle, which would import torch here.
+    is_bundle = (run / "bundle.json").is_file()
+    if image is None and text is None and not is_bundle:
         return None, None
+    from apecache.runs.bundle import bundled_encoders
     from apecache.runs.load import recorded_encoder
 
-    moved_image = recorded_encoder(run, "image").with_name(image) if image else None
-    moved_text = recorded_encoder(run, "text").with_name(text) if text else None
+    bundled_image, bundled_text = bundled_encoders(run)
+
+    moved_image = recorded_encoder(run, "image").with_name(image) if image else bundled_image
+    moved_text = recorded_encoder(run, "text").with_name(text) if text else bundled_text
     return moved_image, moved_text
 
 

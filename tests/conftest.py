@@ -259,7 +259,6 @@ def grown_once(
             image=tiny_image_encoder,
             text=tiny_text_encoder,
             max_bad=1.0,
-            append=True,
         )
     return Grown(table, folder / "store")
 

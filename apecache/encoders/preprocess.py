@@ -7,6 +7,7 @@ same steps faster, on tensors.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from apecache.encoders.encoder import TORCH_DTYPES
+from apecache.device import is_accelerator
+from apecache.encoders.encoder import computed_in
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError
 from apecache.fingerprint import IMAGE_DECODING, Json
@@ -44,6 +46,10 @@ class TensorPreprocess:
 
         Augmented views are Pillow images; decoders give tensors.
         """
+        return self.normalize(self.pixels(image))
+
+    def pixels(self, image: Tensor | Image.Image) -> Tensor:
+        """Return uint8 [3, *crop], resized and cropped."""
         pixels = image if isinstance(image, Tensor) else F.pil_to_tensor(image)
         resized = F.resize(
             pixels,
@@ -52,10 +58,31 @@ class TensorPreprocess:
             antialias=True,
         )
         # Cropped before the change to float32: a quarter of the bytes to move.
-        cropped = F.center_crop(resized, list(self.crop))
-        scaled = F.to_dtype(cropped, torch.float32, scale=True)
-        normalized: Tensor = F.normalize(scaled, list(self.mean), list(self.std))
-        return normalized
+        cropped: Tensor = F.center_crop(resized, list(self.crop))
+        return cropped
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Return float32 [..., 3, *crop] for uint8 pixels, on their device."""
+        scaled = F.to_dtype(pixels, torch.float32, scale=True)
+        if not is_accelerator(pixels.device):
+            normalized: Tensor = F.normalize(scaled, list(self.mean), list(self.std))
+            return normalized
+        # torchvision would send both lists in each call, and wait for the device.
+        mean, std = _constants(tuple(self.mean), tuple(self.std), pixels.device)
+        on_device: Tensor = scaled.sub_(mean).div_(std)
+        return on_device
+
+
+@lru_cache(maxsize=8)
+def _constants(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the channels, float32 [3, 1, 1], on a device."""
+    means = torch.tensor(mean).view(3, 1, 1)
+    deviations = torch.tensor(std).view(3, 1, 1)
+    return means.to(device), deviations.to(device)
 
 
 def choose_preprocess(
@@ -119,7 +146,7 @@ def feature_shape(
     Raises:
         EncoderError: the model cannot take pixels of that shape.
     """
-    dtype = TORCH_DTYPES[spec.dtype]
+    dtype = computed_in(spec.dtype, device)
     try:
         with torch.no_grad():
             features = forward(torch.zeros(1, *shape, device=device, dtype=dtype))

@@ -1,20 +1,27 @@
 """Parse the names of encoders: as people type them, and as a store keeps them."""
 
+import json
 import os
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from apecache.arguments import require_type
 from apecache.errors import EncoderError, OptionError, nearest, nearest_sibling, one_line
-from apecache.fingerprint import Modality
+from apecache.fingerprint import Fingerprint, Modality, canonical_json
 
 Pooling = Literal["default", "cls", "mean", "max", "last", "cls+mean", "tokens"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-ComputeDtype = Literal["float32", "float16", "bfloat16"]
+Precision = Literal["float32", "tf32", "float16", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Resize = Literal["reference", "torchvision"]
 LIBRARIES = ("timm", "hf", "open_clip", "st")
+IMPORTED = "imported"
+"""Stands for the library of features that were imported without naming their encoder."""
+JOINED = "joined"
+"""The library of a spec that names several encoders. Its name holds their specs as JSON."""
 DESCRIPTIONS = {"open_clip": "open_clip_config.json", "st": "modules.json"}
 """The file that marks a local folder as one of the library's; config.json in all others."""
 
@@ -42,8 +49,9 @@ class EncoderSpec:
     """Pixels; None: what the encoder's files say."""
     max_tokens: int | None = None
     """None: what the encoder's files say."""
-    dtype: ComputeDtype = "float32"
-    """Of the computation; `ExtractSpec.storage_dtype` is that of the stored features."""
+    dtype: Precision = "float32"
+    """Precision of the computation; `ExtractSpec.storage_dtype` is that of the stored features.
+    `tf32`: float32 whose products and convolutions a CUDA device rounds to TF32."""
     layer: int | None = None
     """Number of blocks before the cut, which is before the final norm; a negative one counts from
     the end (-1: after the last block). None: the model's output."""
@@ -53,8 +61,15 @@ class EncoderSpec:
     """`torchvision` decodes and resizes on uint8 tensors: faster, and other last bits."""
 
     @property
+    def is_imported(self) -> bool:
+        """Return whether the encoder is not known, as its features were imported without it."""
+        return self.library == IMPORTED
+
+    @property
     def folder(self) -> Path | None:
         """Return the local folder, if the name is one (absolute, `./`, `../`, `~`, or existing)."""
+        if self.is_imported:
+            return None
         path = os.path.expanduser(self.name)
         return Path(path) if looks_local(self.name) or os.path.isdir(path) else None
 
@@ -78,7 +93,27 @@ class EncoderSpec:
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", joined).strip(".-")
         return slug[:100] or "encoder"
 
+    @property
+    def singles(self) -> tuple["EncoderSpec", ...]:
+        """Return the specs that `join_specs` joined, or the spec itself.
+
+        Raises:
+            EncoderError: not what `join_specs` writes.
+        """
+        if self.library != JOINED:
+            return (self,)
+        try:
+            specs = tuple(spec_from_json(value) for value in json.loads(self.name))
+        except (ValueError, TypeError, RecursionError):
+            specs = ()
+        is_sound = all(spec.library != JOINED and spec.modality == self.modality for spec in specs)
+        if len(specs) < 2 or not is_sound:
+            raise EncoderError("not the description of joined encoders; train again")
+        return specs
+
     def __str__(self) -> str:
+        if self.library == JOINED:
+            return " + ".join(map(str, self.singles))
         return f"{self.library}:{self.name}" + (f"@{self.revision}" if self.revision else "")
 
     def with_name(self, text: str) -> "EncoderSpec":
@@ -86,9 +121,41 @@ class EncoderSpec:
 
         Args:
             text: as `parse_encoder` takes it, such as the folder that a local encoder has moved to.
+                For joined encoders one for each, in their order, with commas between them.
         """
+        if self.library == JOINED:
+            return self._with_names(text)
         other = parse_encoder(text, self.modality)
         return replace(self, library=other.library, name=other.name, revision=other.revision)
+
+    def _with_names(self, text: str) -> "EncoderSpec":
+        singles = self.singles
+        names = text.split(",")
+        if len(names) != len(singles):
+            raise OptionError(
+                f"the run joins {len(singles)} {self.modality} encoders; found {len(names)} in "
+                f"{text!r}: give one for each, in their order, with commas between them"
+            )
+        moved = [single.with_name(name) for single, name in zip(singles, names, strict=True)]
+        return join_specs(moved)
+
+
+def join_specs(specs: Sequence[EncoderSpec]) -> EncoderSpec:
+    """Return one spec that names several encoders of one modality, in this order."""
+    name = canonical_json([asdict(spec) for spec in specs]).decode()
+    return EncoderSpec(JOINED, name=name, modality=specs[0].modality)
+
+
+def join_fingerprints(fingerprints: Sequence[Fingerprint]) -> Fingerprint:
+    """Return the identity of several encoders whose features stand side by side."""
+    return Fingerprint(fields={JOINED: [dict(single.fields) for single in fingerprints]})
+
+
+def single_fingerprints(fingerprint: Fingerprint) -> tuple[Fingerprint, ...]:
+    """Return the identities that `join_fingerprints` joined, or the fingerprint itself."""
+    if JOINED not in fingerprint.fields:
+        return (fingerprint,)
+    return tuple(Fingerprint(fields=fields) for fields in fingerprint.fields[JOINED])
 
 
 def spec_from_json(value: object) -> EncoderSpec:
@@ -102,7 +169,7 @@ def spec_from_json(value: object) -> EncoderSpec:
         has_known_choices = (
             spec.modality in get_args(Modality)
             and spec.pooling in POOLINGS
-            and spec.dtype in get_args(ComputeDtype)
+            and spec.dtype in PRECISIONS
             and spec.resize in get_args(Resize)
         )
         optional_texts = [text for text in (spec.revision, spec.prefix) if text is not None]
@@ -114,7 +181,7 @@ def spec_from_json(value: object) -> EncoderSpec:
             raise ValueError("fields of other kinds than expected")
     except (TypeError, ValueError) as error:
         raise EncoderError(f"not the description of an encoder: {one_line(error)}") from None
-    if spec.library not in LIBRARIES:
+    if spec.library not in (*LIBRARIES, IMPORTED, JOINED):
         raise EncoderError(
             f"encoder of library {spec.library!r}: this apecache knows {', '.join(LIBRARIES)}"
         )
@@ -146,11 +213,8 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
             f"encoder {text!r}: expected LIBRARY:NAME with LIBRARY one of "
             f"{', '.join(LIBRARIES)}{hint}"
         )
-    if (library, modality) in (("timm", "text"), ("st", "image")):
-        other = "hf:ID or st:ID" if library == "timm" else "timm:NAME or hf:ID"
-        raise EncoderError(
-            f"encoder {text!r}: {library} has no {modality} encoders here; use {other}"
-        )
+    if library == "timm" and modality == "text":
+        raise EncoderError(f"encoder {text!r}: timm has no text encoders; use hf:ID or st:ID")
     revision = None
     # A folder's path may hold an @ of its own.
     if not looks_local(name) and not os.path.isdir(name):
@@ -185,6 +249,22 @@ def parse_cut(text: str) -> tuple[Pooling, int | None]:
             f"cut {text!r}: inside a model there is no pooling of its own; give mean{at}{layer}, …"
         )
     return pooling, int(layer) if at else None
+
+
+def no_class_token(name: object, modality: Modality) -> EncoderError:
+    """Return the error for a CLS pooling of an encoder that has no CLS token."""
+    return EncoderError(
+        f"{name} has no CLS token; use --{modality}-cut default or mean; for a recipe that takes "
+        f"it, --set towers.{modality}_pooling=default"
+    )
+
+
+def frozen_only(spec: EncoderSpec) -> EncoderError:
+    """Return the error for a model of sentence-transformers that is to be trained."""
+    return EncoderError(
+        f"encoder {spec} cannot be trained: st: encoders can be used frozen only; to train its "
+        "transformer take hf:"
+    )
 
 
 def missing_folder(folder: Path, description: str) -> str:

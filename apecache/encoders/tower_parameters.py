@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.module_map import ModuleMap, Place
+from apecache.encoders.module_map import ModuleMap
+from apecache.encoders.module_places import Place
 from apecache.encoders.spec import Pooling
 
 BIAS_NAMES = ("bias", "q_bias", "k_bias", "v_bias")

@@ -14,8 +14,8 @@ from apecache.arguments import AnyPath, as_path, require_type
 from apecache.errors import MismatchError, OptionError, counted
 from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.evaluate.left_out import LeftOut
-from apecache.metrics.protocols import retrieval_hits
-from apecache.metrics.retrieval import KS, RetrievalReport, retrieval_report
+from apecache.metrics.protocols import measure_retrieval
+from apecache.metrics.retrieval import KS, RetrievalReport
 from apecache.metrics.statistics import (
     WAYS,
     RetrievalHits,
@@ -27,6 +27,7 @@ from apecache.metrics.statistics import (
     student_quantile,
     variance_over_images,
 )
+from apecache.recipes.former_keys import with_former_keys
 from apecache.runs.load import load_run, recorded_fingerprint, recorded_training
 from apecache.store.reader import FeatureStore
 
@@ -135,8 +136,9 @@ def compare_runs(
         reference = reference or embedded
         _require_same_queries(embedded, reference, path)
         vectors = (embedded.image, embedded.text, embedded.image_of_text)
-        reports.append(retrieval_report(*vectors, relevance=embedded.relevance))
-        answers[path] = retrieval_hits(*vectors, relevance=embedded.relevance)
+        measured = measure_retrieval(*vectors, relevance=embedded.relevance)
+        reports.append(measured.report)
+        answers[path] = measured.hits
     left_out = reference.left_out if reference is not None else LeftOut()
     hits_a = [answers[path] for path in paths_a]
     hits_b = [answers[path] for path in paths_b]
@@ -155,7 +157,7 @@ def compare_runs(
         seen_in_training=tuple(
             str(path)
             for path, training in trainings.items()
-            if was_split_seen(training, store.digest, split)
+            if was_split_seen(training, store.trained_digest(training.get("data")), split)
         ),
         # All runs embed the same rows, so they leave out the same ones.
         left_out=left_out,
@@ -283,7 +285,8 @@ def _recorded(path: Path, trainings: Mapping[Path, Mapping[str, Any]], record_ke
         image_digest = recorded_fingerprint(path, "image").digest
         text_digest = recorded_fingerprint(path, "text").digest
         return [image_digest, text_digest]
-    return trainings[path].get(record_key)
+    # Earlier versions recorded recipes without the keys that came later.
+    return with_former_keys(trainings[path].get(record_key))
 
 
 def _require_same_data(trainings: Mapping[Path, Mapping[str, Any]]) -> None:

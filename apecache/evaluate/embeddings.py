@@ -1,7 +1,7 @@
 """Embed a store's images and captions with a run."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from apecache.arguments import require_type
 from apecache.data.images import Picture, open_picture
 from apecache.data.recorded import RecordedImages
+from apecache.encoders.spec import single_fingerprints, spec_from_json
 from apecache.errors import DataError, RowError, counted, nearest
 from apecache.evaluate.left_out import LeftOut
 from apecache.fingerprint import Fingerprint, Json, Modality
@@ -20,6 +21,7 @@ from apecache.metrics.relevance import Relevance
 from apecache.runs.heads import TrainedHeads, TrainedSide
 from apecache.store.array import FeatureArray
 from apecache.store.equal import equal_images
+from apecache.store.joined import join_arrays
 from apecache.store.reader import FeatureStore
 
 OpenImage = Callable[[str], Picture]
@@ -290,13 +292,21 @@ def find_features(
 ) -> FeatureArray:
     """Return the store's features of the encoder that the head was trained on, by any name.
 
-    Features of augmented views are skipped: a head that was trained on views serves the images
-    themselves.
+    For a head on joined encoders they are joined. Features of augmented views are skipped: a head
+    that was trained on views serves the images themselves.
 
     Raises:
         MismatchError: the store has features of other encoders only.
         DataError: it has no features of the modality, or augmented views only.
     """
+    fingerprints = single_fingerprints(side.fingerprint)
+    if len(fingerprints) > 1 and isinstance(side, TrainedSide):
+        specs = spec_from_json(side.encoder).singles
+        singles: list[FeatureArray] = []
+        for spec, fingerprint in zip(specs, fingerprints, strict=True):
+            single = replace(side, encoder=asdict(spec), fingerprint=fingerprint)
+            singles.append(find_features(single, store, modality))
+        return join_arrays(singles)
     arrays = store.arrays(modality)
     digest = side.fingerprint.digest
     encoder_arrays = [array for array in arrays if array.record.encoder.digest == digest]
@@ -333,6 +343,9 @@ def _split_mask(store: FeatureStore, split: str | None) -> NDArray[np.bool_]:
             f"{name or '(none)'} ({counted(count, 'image')})" for name, count in split_sizes.items()
         )
         hint = nearest(split, split_sizes)
-        raise DataError(f"{store.path} has no split {split!r}; found: {listed_splits}{hint}")
+        remedy = f"; make splits with: apecache split {store.path} --fraction train=.9,val=.1"
+        if any(split_sizes):
+            remedy = hint
+        raise DataError(f"{store.path} has no split {split!r}; found: {listed_splits}{remedy}")
     mask: NDArray[np.bool_] = splits == split
     return mask

@@ -119,8 +119,8 @@ def labeled_features(
     # The place is in the name, because the same table on another root has other files.
     name = digest_strings([source.digest, source.media.place])[:16]
     extract_spec = ExtractSpec(
-        image=named if spec.modality == "image" else None,
-        text=named if spec.modality == "text" else None,
+        image=named.singles if spec.modality == "image" else None,
+        text=named.singles if spec.modality == "text" else None,
         device=spec.device,
         max_bad=spec.max_bad,
     )

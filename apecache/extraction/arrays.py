@@ -14,6 +14,7 @@ import torch
 
 from apecache.device import device_name, is_accelerator, timed_seconds
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
+from apecache.encoders.spec import EncoderSpec
 from apecache.errors import MismatchError, StoreError
 from apecache.extraction.compilation import _require_compiler, decide_compiled
 from apecache.extraction.encode import encode_or_halve
@@ -195,10 +196,19 @@ def _new_record(
         fingerprint=fingerprint,
         layout=layout,
         metadata={},
-        environment=environment(encoder.device),
+        environment=environment(encoder.device) | _precision(encoder.spec, spec),
         table=store.source["digest"],
     )
     return with_metadata(record)
+
+
+def _precision(encoder: EncoderSpec, spec: ExtractSpec) -> Json:
+    """Return what was measured of the encoder's precision, as a record keeps it; empty without."""
+    model = replace(encoder, pooling="default", layer=None)
+    for measured in spec.measured:
+        if measured.model == model:
+            return {"precision": measured.to_json()}
+    return {}
 
 
 def _find_array(

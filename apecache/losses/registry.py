@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from apecache.heads.normalization import normalize
 from apecache.losses.contrastive import (
     Groups,
     Temperature,
@@ -16,6 +17,7 @@ from apecache.losses.contrastive import (
     sigmoid_loss,
 )
 from apecache.losses.geometry import structure_divergence
+from apecache.losses.registered import registered_loss
 from apecache.losses.spec import LossSpec
 from apecache.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
 
@@ -42,6 +44,8 @@ def contrast(
         widths: of heads that stand side by side. Each has a loss of its own, and the result is
             their mean.
     """
+    if spec.matryoshka:
+        return _nested(image, text=text, temperature=temperature, groups=groups, spec=spec)
     if not widths:
         return loss_of_kind(image, text=text, temperature=temperature, groups=groups, spec=spec)
     image_blocks = image.split(list(widths), dim=-1)
@@ -53,6 +57,27 @@ def contrast(
         loss = loss_of_kind(
             image_block * length,
             text=text_block * length,
+            temperature=temperature,
+            groups=groups,
+            spec=spec,
+        )
+        losses.append(loss)
+    return torch.stack(losses).mean()
+
+
+def _nested(
+    image: Tensor,
+    text: Tensor,
+    temperature: Temperature,
+    groups: Groups | None,
+    spec: LossSpec,
+) -> Tensor:
+    """Average the loss over the whole embeddings and their first `spec.matryoshka` values."""
+    losses = []
+    for width in (*spec.matryoshka, image.shape[1]):
+        loss = loss_of_kind(
+            normalize(image[:, :width], dim=-1),
+            text=normalize(text[:, :width], dim=-1),
             temperature=temperature,
             groups=groups,
             spec=spec,
@@ -83,6 +108,8 @@ def loss_of_kind(
             bias = temperature.bias if temperature.bias is not None else spec.bias
             compute = tiled_sigmoid_loss if tiled else sigmoid_loss
             return compute(image, text=text, scale=scale, bias=bias, groups=groups)
+        case "custom":
+            return registered_loss(spec.custom)(image, text, scale, groups)
 
 
 def structure_term(before: Tensor, after: Tensor, spec: LossSpec) -> Tensor:
@@ -118,4 +145,5 @@ def build_temperature(loss: LossSpec) -> Temperature:
         high=loss.max_temperature,
         learnable=loss.learnable,
         bias=bias,
+        parameter=loss.temperature_parameter,
     )

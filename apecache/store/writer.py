@@ -14,15 +14,23 @@ from google_crc32c import value as crc32c
 from numpy.typing import NDArray
 
 from apecache.errors import DamagedError, MismatchError, StoreError, counted, one_line
-from apecache.fingerprint import Json, canonical_json, content_hash, describe_difference
+from apecache.fingerprint import (
+    Json,
+    canonical_json,
+    content_hash,
+    describe_difference,
+    hash_buffers,
+)
 from apecache.storage.files import Buffer, Files
 from apecache.store.layout import (
+    CONTENT_COLUMN,
     OK,
     PAIRS,
     QUARANTINED,
     README,
     SEGMENTS,
     SOURCE,
+    VIEWS,
     ZARR,
     ArrayLayout,
     ArrayRecord,
@@ -67,6 +75,14 @@ class PairColumns:
     """How the user named the source."""
     options: Mapping[str, Json] = field(default_factory=dict)
     """How the source was opened."""
+    contents: list[str] | None = None
+    """In a block whose table is not one of the user's: the BLAKE3 of each image, empty where it is
+    not known. Its captions may have the image row -1."""
+
+    @property
+    def view_only(self) -> bool:
+        """Return whether only views refer to the rows."""
+        return self.contents is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +115,7 @@ def create_store(files: Files, pairs: PairColumns, root: str, version: str) -> N
     # Whoever wrote the record first, it must be that of this table.
     _require_same_source(read_record(files, SOURCE), _identity(pairs), files)
     # Before Zarr sees the store, which stumbles over temporary files in it.
-    files.remove_temporary("records", ZARR)
+    files.remove_temporary("records", ZARR, VIEWS)
     with files.exclusive("records"):
         if not files.exists(PAIRS):
             _write_pairs(files, pairs, version)
@@ -114,7 +130,7 @@ def add_segment(files: Files, segment: str, pairs: PairColumns, root: str, versi
     """
     create_store(files.child(f"{SEGMENTS}/{segment}"), pairs=pairs, root=root, version=version)
     name = segment_record_name(segment)
-    files.put_if_absent(name, seal_record(name, _identity(pairs)))
+    files.put_if_absent(name, seal_record(name, _identity(pairs), of_view=pairs.view_only))
     _require_same_source(read_record(files, name), _identity(pairs), files)
 
 
@@ -126,16 +142,22 @@ def source_bytes(pairs: PairColumns, root: str) -> bytes:
     source: dict[str, Json] = {"origin": pairs.origin, "root": root}
     if pairs.options:
         source["options"] = dict(pairs.options)
-    return seal_record(SOURCE, {**_identity(pairs), **source})
+    return seal_record(SOURCE, {**_identity(pairs), **source}, of_view=pairs.view_only)
 
 
 def _identity(pairs: PairColumns) -> dict[str, Json]:
-    return {"digest": pairs.digest, "n_images": len(pairs.keys), "n_texts": len(pairs.captions)}
+    identity: dict[str, Json] = {
+        "digest": pairs.digest,
+        "n_images": len(pairs.keys),
+        "n_texts": len(pairs.captions),
+    }
+    # Left out where it is False: other records are the same as without the field.
+    return {**identity, "view_only": True} if pairs.view_only else identity
 
 
 def table_columns(pairs: PairColumns) -> dict[str, tuple[str, list[str] | list[int]]]:
     """Return the columns of the pair table as they are stored: name -> (dimension, values)."""
-    return {
+    columns: dict[str, tuple[str, list[str] | list[int]]] = {
         "image_key": ("image", pairs.keys),
         "image_split": ("image", pairs.splits),
         "image_label": ("image", pairs.labels),
@@ -143,6 +165,9 @@ def table_columns(pairs: PairColumns) -> dict[str, tuple[str, list[str] | list[i
         "text_language": ("text", pairs.languages),
         "text_image_row": ("text", pairs.image_rows),
     }
+    if pairs.contents is not None:
+        columns[CONTENT_COLUMN] = ("image", pairs.contents)
+    return columns
 
 
 def _write_pairs(files: Files, pairs: PairColumns, version: str) -> None:
@@ -315,7 +340,8 @@ class ArrayWriter:
         }
         name = f"{self._folder}/seal.json"
         # The last record may be that of a writer that was killed before the entry was durable.
-        self.files.settle(f"{self._folder}/commits")
+        if hashes:
+            self.files.settle(f"{self._folder}/commits")
         put = self.files.put_if_absent(name, seal_record(name, body))
         if not put and read_record(self.files, name).get("digest") != digest:
             raise DamagedError(
@@ -428,10 +454,10 @@ class ArrayWriter:
 
 
 def _describe(payload: tuple[Buffer, ...]) -> ObjectRecord:
-    data = b"".join(payload)
+    n_bytes = sum(memoryview(buffer).nbytes for buffer in payload)
     # Chunks have two buffers: the data, and their crc32c.
     check = int.from_bytes(payload[-1], "little") if len(payload) == 2 else None
-    return ObjectRecord(len(data), blake3=content_hash(data), crc32c=check)
+    return ObjectRecord(n_bytes, blake3=hash_buffers(payload), crc32c=check)
 
 
 def checksum(data: memoryview) -> int:

@@ -28,6 +28,8 @@ from apecache.sweeps.space import Space
 from apecache.sweeps.trials import Trial, ranked, read_trials
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec, load_splits, require_kind
+from apecache.train.keep_list import digest_keep_list
+from apecache.train.pooling import require_pooling
 
 __all__ = ["SweepReport", "SweepSpec", "Trial", "read_trials", "sweep"]
 
@@ -134,9 +136,12 @@ def load_data(store: FeatureStore, fit: FitSpec, memory_bytes: int) -> SweepData
         spec=fit.splits,
         device=resolve_device(fit.device),
         reserved_bytes=memory_bytes + STANDARDIZED_BYTES,
+        keep=fit.keep,
     )
 
     def require_kinds(recipe: Recipe) -> None:
+        require_pooling(image, recipe)
+        require_pooling(text, recipe)
         require_kind(image, recipe.image, recipe.name)
         require_kind(text, recipe.text, recipe.name)
 
@@ -152,6 +157,10 @@ def _identity(store: FeatureStore, space: Space, spec: SweepSpec) -> Fingerprint
         del settings["n_trials"]
     for name in ("device", "overwrite", "save_seconds"):
         del settings["fit"][name]
+    # Left out where there is none: earlier sweeps had no keep list.
+    keep = settings["fit"].pop("keep")
+    if keep is not None:
+        settings["fit"]["keep"] = digest_keep_list(as_path(keep, "keep"))
     dimensions = {}
     for name, dimension in space.dimensions.items():
         dimensions[name] = dimension.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -212,6 +221,7 @@ def _command(store: FeatureStore, best: Trial, fit: FitSpec, run: Path) -> str:
         "--seed": (fit.seed, usual.seed),
         "--image-features": (fit.image_features, None),
         "--text-features": (fit.text_features, None),
+        "--keep": (fit.keep, None),
     }
     for name, (value, default) in options.items():
         if value != default:

@@ -40,6 +40,7 @@ from apecache.train.live import (
     TokenInputs,
 )
 from apecache.train.paired_rows import Features, select_pairs
+from apecache.train.pooling import cached_array
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class FitEncoderSpec:
 
     Gradients stay those of the whole batch.
     """
-    autocast: Literal["float32", "bfloat16"] = "float32"
-    """Dtype in which the towers compute. Parameters stay float32."""
+    autocast: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype in which the towers compute. Parameters stay float32. `auto`: bfloat16 on CUDA, else
+    float32."""
     device: str = "auto"
     """Device of the fit."""
     overwrite: bool = False
@@ -85,6 +87,12 @@ class FitEncoderSpec:
 
     See `apecache.train.warm_start`.
     """
+
+    def uses_bfloat16(self, device: torch.device) -> bool:
+        """Check whether the towers compute in bfloat16 on a device."""
+        if self.autocast == "auto":
+            return device.type == "cuda"
+        return self.autocast == "bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +146,18 @@ def open_source(
     Raises:
         RecipeError: The features are not of the kind that the side needs.
         EncoderError: The encoder cannot be loaded.
-        MismatchError: Cached tokens are of other weights than the encoder's.
+        MismatchError: Cached tokens are of other weights than the encoder's, or cached features are
+            pooled in another way than the recipe says.
     """
     named = spec.image if side == "image" else spec.text
     name = spec.image_features if side == "image" else spec.text_features
     live = recipe.towers.may_train(side) or not spec.cache
     # A live side whose encoder is named does not need features in the store.
-    array = None if live and named else store.array(side, name)
+    array: FeatureArray | None = None
+    if not live:
+        array = cached_array(store, recipe=recipe, side=side, name=name)
+    elif not named:
+        array = store.array(side, name)
     ok = array.load_ok() if array else None
     if not live:
         assert array is not None
@@ -213,6 +226,11 @@ def _with_tokens(
         raise MismatchError(
             f"{encoder.spec} is not what {source.side} features {array.name} were made with; "
             "extract again"
+        )
+    if tower_of(encoder).sees_padding:
+        raise RecipeError(
+            f"{source.side} features {array.name} leave out the padding of the texts, which "
+            f"{encoder.spec} sees; choose pooled features, or name the encoder with --text"
         )
     cut = resolve_layer(encoder.module, array.record.spec)
     if not isinstance(cut, int) or array.views is not None:

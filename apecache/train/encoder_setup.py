@@ -11,10 +11,12 @@ from apecache.arguments import as_path
 from apecache.device import seeded_generators
 from apecache.errors import OptionError, RecipeError
 from apecache.fingerprint import Fingerprint, Json
+from apecache.heads.head import HeadSpec
 from apecache.models.dual_encoder import EncoderModel, Side, Teacher, build_model
 from apecache.recipes.recipe import Recipe
 from apecache.runs.heads import TrainedHeads
 from apecache.store.array import FeatureArray
+from apecache.store.joined import widths_of
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import FeaturePairs
 from apecache.train.encoder_data import (
@@ -27,6 +29,7 @@ from apecache.train.encoder_data import (
     split_rows,
 )
 from apecache.train.live import Inputs, OpenImage
+from apecache.train.pretrained import with_own_scale
 from apecache.train.ranks import Ranks
 from apecache.train.tower_fit import image_views
 from apecache.train.warm_start import begin_from, open_start
@@ -125,13 +128,14 @@ def set_up(
     """
     image = open_source(store, recipe=recipe, side="image", spec=spec, device=device)
     text = open_source(store, recipe=recipe, side="text", spec=spec, device=device)
+    recipe = with_own_scale(recipe, image.encoder_spec, text.encoder_spec)
     teacher = open_teacher(store, recipe, device)
     start = None
     if spec.init_from is not None:
         start = open_start(as_path(spec.init_from, "init_from"), recipe, (image, text))
     opened = FitInputs(
         store=store,
-        recipe=recipe,
+        recipe=_with_widths(recipe, image, text),
         spec=spec,
         sources=(image, text),
         teacher=teacher,
@@ -149,6 +153,15 @@ def set_up(
         train=train,
         dev=dev,
     )
+
+
+def _with_widths(recipe: Recipe, image: SideSource, text: SideSource) -> Recipe:
+    """Return the recipe with the widths of the encoders whose cached features its heads join."""
+    heads: dict[str, HeadSpec] = {}
+    for source, spec in ((image, recipe.image), (text, recipe.text)):
+        widths = (source.dim,) if source.array is None else widths_of(source.array)
+        heads[source.side] = spec.with_widths(widths)
+    return recipe.model_copy(update=heads)
 
 
 def _model(opened: FitInputs, train: FeaturePairs, device: torch.device) -> EncoderModel:
@@ -201,17 +214,22 @@ def require_sensible(recipe: Recipe, spec: FitEncoderSpec, ranks: Ranks) -> None
 
 
 ONLY: dict[str, tuple[object, str]] = {
-    "init": ("random", "a closed form needs the features of both sides"),
     "augmentation.noise": (0.0, "noise is for cached features; see augmentation.image"),
     "augmentation.mixup": (0.0, "mixup is for cached features"),
     "augmentation.token_dropout": (0.0, "it is for heads on cached tokens"),
 }
 """Settings with only one possible value in this trainer: the value, and why."""
+INITS = ("random", "pretrained")
 
 
 def _require_known(recipe: Recipe) -> None:
     """Refuse settings that this trainer would ignore silently."""
     values = recipe.model_dump()
+    if recipe.init not in INITS:
+        raise RecipeError(
+            f"recipe {recipe.name}: init is {recipe.init}; fit-encoder takes "
+            f"{' or '.join(INITS)} only: a closed form needs the features of both sides"
+        )
     for path, (only, why) in ONLY.items():
         value: Any = values
         for key in path.split("."):

@@ -23,6 +23,7 @@ from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model
 from apecache.train.loop import run_training
 from apecache.train.model import AlignmentModel
+from apecache.train.recorded_steps import recorded_steps
 
 if TYPE_CHECKING:
     from sklearn.utils import Tags
@@ -101,13 +102,15 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
         training = HeadFit(model, recipe, seed)
         # Another seed than that of the weights, so that the two draws are independent.
         with seeded(seed + 1, train.place):
+            plan = StepCount.of(recipe, train)
             run_training(
                 training,
                 train=train,
                 dev=dev,
-                plan=StepCount.of(recipe, train),
+                plan=plan,
                 log=lambda _: None,
                 save=lambda _: None,
+                recorded=recorded_steps(training, train, plan),
             )
         model.load_state_dict(training.best.weights)
         self.model_: AlignmentModel = model.eval().requires_grad_(False)

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from apecache.arguments import AnyPath
+from apecache.arguments import AnyPath, as_path
 from apecache.device import CPU
 from apecache.errors import RecipeError
 from apecache.heads.head import HeadSpec
 from apecache.recipes.recipe import Recipe
 from apecache.store.array import FeatureArray
 from apecache.store.equal import equal_images
+from apecache.store.joined import widths_of
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import (
     FeaturePairs,
@@ -20,6 +21,7 @@ from apecache.train.batches import (
     choose_splits,
     require_images,
 )
+from apecache.train.keep_list import read_keep_list
 from apecache.train.paired_rows import SelectedRows, pairs_of, select_rows
 from apecache.train.resident import (
     choose_resident,
@@ -38,7 +40,10 @@ class FitSpec:
     """
 
     image_features: str | None = None
-    """Name of the image features; needed if the store has several."""
+    """Name of the image features; needed if the store has several.
+
+    Names with commas between them: the features of several encoders, side by side.
+    """
     text_features: str | None = None
     """Name of the text features, as `image_features`."""
     splits: SplitSpec = field(default_factory=SplitSpec)
@@ -55,6 +60,8 @@ class FitSpec:
     """Split that results will be reported on. A fit that trains or chooses on it is refused."""
     price_per_hour: float | None = None
     """Price of this machine in any currency, for the ledger."""
+    keep: AnyPath | None = None
+    """Keep list of `apecache curate`: only its pairs train. The dev split stays whole."""
     extract_report: AnyPath | None = None
     """File with the output of `apecache extract --json`, for the ledger."""
 
@@ -67,6 +74,7 @@ def load_splits(
     device: torch.device,
     recipe: Recipe | None = None,
     reserved_bytes: int = 0,
+    keep: AnyPath | None = None,
 ) -> tuple[FeaturePairs, FeaturePairs]:
     """Load training and dev pairs, on the device where they fit. Raises as `fit_head` does.
 
@@ -79,6 +87,7 @@ def load_splits(
         recipe: Recipe whose heads must take these features, and whose memory is left free on the
             device; None: not checked.
         reserved_bytes: Other memory that is left free on the device.
+        keep: Keep list of the pairs that train; None: all train.
     """
     if recipe is not None:
         require_kind(image, recipe.image, recipe.name)
@@ -89,8 +98,13 @@ def load_splits(
     train_mask, dev_mask = choose_splits(pairs, spec, content)
     ok_images = image.load_ok()
     ok_texts = text.load_ok()
+    train_texts = ok_texts
+    if keep is not None:
+        train_texts = ok_texts & read_keep_list(as_path(keep, "keep"), pairs)
+    # Dev stays whole: results with and without a keep list are compared on the same images.
     selected = [
-        select_rows(pairs.image_rows, mask & ok_images, ok_texts) for mask in (train_mask, dev_mask)
+        select_rows(pairs.image_rows, train_mask & ok_images, train_texts),
+        select_rows(pairs.image_rows, dev_mask & ok_images, ok_texts),
     ]
     image_device, text_device = _devices_of_features(
         image,
@@ -116,6 +130,8 @@ def load_splits(
             joined,
             image_views=image.views is not None,
             text_views=text.views is not None,
+            image_widths=widths_of(image),
+            text_widths=widths_of(text),
             device=device,
         )
         splits.append(split)

@@ -13,7 +13,8 @@ from apecache.heads.tokens import masked_mean
 from apecache.losses.contrastive import Temperature
 from apecache.losses.registry import build_temperature, contrast, structure_term, structure_weight
 from apecache.losses.spec import LossSpec
-from apecache.metrics.retrieval import RetrievalReport, retrieval_report
+from apecache.metrics.retrieval import RetrievalReport
+from apecache.metrics.selection import dev_report
 from apecache.recipes.recipe import Recipe
 from apecache.train.batches import Batch, FeaturePairs
 
@@ -79,6 +80,10 @@ class AlignmentModel(nn.Module):
         """Return what trains, each parameter with its factor of the learning rate."""
         return [(p, 1.0) for p in self.parameters() if p.requires_grad]
 
+    def undecayed(self) -> list[nn.Parameter]:
+        """Return none: what is not decayed are embeddings of towers."""
+        return []
+
     def clamp(self) -> None:
         """Bring the temperature back into its bounds."""
         self.temperature.clamp()
@@ -118,8 +123,8 @@ def build_model(recipe: Recipe, train: FeaturePairs, seed: int) -> AlignmentMode
     with seeded_generators(seed):
         try:
             image, text = build_heads(
-                recipe.image,
-                text=recipe.text,
+                recipe.image.with_widths(train.image_widths),
+                text=recipe.text.with_widths(train.text_widths),
                 image_dim=train.image.shape[-1],
                 text_dim=train.text.shape[-1],
             )
@@ -146,7 +151,7 @@ def evaluate_model(model: AlignmentModel, pairs: FeaturePairs) -> RetrievalRepor
     """Measure retrieval among `pairs`, without dropout."""
     image = embed(model.image, pairs.image, pairs.image_lengths)
     text = embed(model.text, pairs.text, pairs.text_lengths)
-    return retrieval_report(
+    return dev_report(
         image,
         text,
         pairs.image_of_text.to(image.device),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apecache.fingerprint import Fingerprint, Json
+from apecache.losses.contrastive import temperature_in
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.runs.checkpoint import save_checkpoint
 from apecache.runs.folder import add_to_history, clear_folder, write_history
@@ -22,10 +23,10 @@ from apecache.runs.ledger import (
     stored_bytes,
 )
 from apecache.store.array import FeatureArray
-from apecache.train.batches import FeaturePairs
-from apecache.train.fit import SCALE, Fit, StepCount
+from apecache.train.batches import FeaturePairs, n_items
+from apecache.train.fit import Fit, StepCount
 from apecache.train.lint.checks import n_negatives
-from apecache.train.loop import FitProgress, require_finite, run_training
+from apecache.train.loop import EpochSteps, FitProgress, require_finite, run_training
 
 SAVE_SHARE = 0.05
 """Share of the time that may be spent on writing checkpoints."""
@@ -55,6 +56,7 @@ def run_in_folder(
     folder: RunFolder,
     found: tuple[dict[str, Any], dict[str, Any]] | None,
     loading_seconds: float,
+    recorded: EpochSteps | None = None,
 ) -> int:
     """Run the training, or what is left of it after a checkpoint.
 
@@ -66,6 +68,7 @@ def run_in_folder(
         folder: Where the fit writes.
         found: Tensors and state of a checkpoint; None: begin anew.
         loading_seconds: Time that loading took in this call.
+        recorded: See `run_training`.
 
     Returns:
         Steps that were done before.
@@ -93,6 +96,7 @@ def run_in_folder(
         plan=plan,
         log=_logger(folder),
         save=_saver(training, folder),
+        recorded=recorded,
     )
     return resumed_step
 
@@ -154,7 +158,7 @@ def _recalls(recorded: Mapping[str, Json]) -> dict[int, float]:
     return {int(k): float(recall) for k, recall in recorded.items()}
 
 
-def used_values(training: Fit[Any], plan: StepCount, n_train: int) -> dict[str, Json]:
+def used_values(training: Fit[Any], plan: StepCount, n_in_epoch: int) -> dict[str, Json]:
     """Collect the settings that a finished fit used, which can differ from the recipe's.
 
     The best weights must be in the model. `n_epochs` and `n_steps` are those that ran: patience can
@@ -167,10 +171,10 @@ def used_values(training: Fit[Any], plan: StepCount, n_train: int) -> dict[str, 
         "planned_epochs": plan.n_epochs,
         "n_steps": training.step,
         "first_temperature": training.history[0]["temperature"],
-        "temperature": 1 / float(training.model.kept_state()[SCALE].exp()),
+        "temperature": temperature_in(training.model.kept_state()),
     }
     if plan.n_steps:
-        used |= {"batch_size": min(schedule.batch_size, n_train), "accumulate": plan.accumulate}
+        used |= {"batch_size": min(schedule.batch_size, n_in_epoch), "accumulate": plan.accumulate}
     return used
 
 
@@ -200,7 +204,7 @@ def build_ledger(
     """
     schedule = training.recipe.schedule
     loss = training.recipe.loss
-    size = min(schedule.batch_size, len(train))
+    size = min(schedule.batch_size, n_items(train, schedule.epoch))
     step_flops = (training.step_flops or 0) * n_processes
     loading = training.loading_seconds
     evaluation = training.evaluation_seconds

@@ -339,5 +339,5 @@ def test_a_store_takes_a_copy_that_is_appended_later(
     for count in (13, 24):
         table.write_text("\n".join(rows[: count + 1]) + "\n")
         source = open_pairs(table, OpenSpec(split_fraction=HALVES))
-        report = extract(source, tmp_path / "store", replace(spec, append=count == 24))
+        report = extract(source, tmp_path / "store", spec)
     assert report.duplicates == 24 - 6

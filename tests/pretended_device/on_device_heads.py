@@ -20,8 +20,9 @@ from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
 from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model
-from apecache.train.loop import draw_epoch, take_step
+from apecache.train.loop import draw_epoch, take_step, take_steps
 from apecache.train.model import evaluate_model
+from apecache.train.recorded_steps import recorded_steps
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -94,6 +95,37 @@ def steps(training: HeadFit, train: FeaturePairs, n_warm: int = 0) -> Counts:
                 losses.append(take_step(training, islice(drawn, plan.accumulate), plan))
     assert torch.isfinite(torch.stack(losses)).all()
     return counts
+
+
+@pytest.mark.parametrize("content", [False, True], ids=["different images", "equal images"])
+def test_a_fit_replays_steps_that_never_wait(content: bool) -> None:
+    """Steps are recorded and replayed where no two images of a batch are equal."""
+    recipe = short_recipe("projection", ["schedule.epochs=3"])
+    train = pairs(160, 0, content)
+    fits = []
+    for features in (on_device(train), train):
+        fit = begin(recipe, features)
+        plan = StepCount.of(recipe, features)
+        recorded = recorded_steps(fit, features, plan)
+        replays = Graph.replays
+        with seeded(1, features.place):
+            for _ in range(3):
+                if recorded is None:
+                    take_steps(fit, draw_epoch(fit, features, plan), plan)
+                else:
+                    with Counts() as counts:
+                        recorded.take_steps(lambda _: None)
+                fit.in_epoch = 0
+        if recorded is not None:
+            # The rows of an epoch are sent without a wait too, and nothing is recorded any more.
+            assert counts.waits == {}
+            assert counts.races == []
+            assert (Graph.replays - replays == 3 * plan.per_epoch - 1) == (not content)
+        fits.append(fit)
+    there, here = fits
+    assert (
+        largest_distance(embeddings(there, on_device(train)), embeddings(here, train)) < TOLERANCE
+    )
 
 
 def weights(training: HeadFit) -> list[Tensor]:

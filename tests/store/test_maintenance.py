@@ -22,6 +22,7 @@ from apecache.store.maintenance import (
     uncommit,
 )
 from apecache.store.reader import FeatureStore
+from apecache.store.table import read_contents
 from apecache.store.verify import verify_store
 from apecache.store.writer import ArrayWriter, PairColumns
 
@@ -35,6 +36,8 @@ def columns(store: FeatureStore, **changed: Any) -> PairColumns:
     source = store.source
     names = ("keys", "splits", "labels", "captions", "languages", "image_rows")
     plain = {name: getattr(pairs, name).tolist() for name in names}
+    if source.get("view_only"):
+        plain["contents"] = read_contents(store.files)
     recorded = {name: source[name] for name in ("digest", "origin", "options")}
     return PairColumns(**{**plain, **recorded, **changed})
 
@@ -101,7 +104,7 @@ def test_a_lost_source_is_written_again_for_the_table_that_all_else_fits(
     grown: Grown,
     lost: tuple[str, ...],
 ) -> None:
-    store = FeatureStore.open(grown.store / "segments/0001")
+    store = FeatureStore.block(LocalFiles(grown.store / "segments/0001"))
     table = columns(store)
     root = store.source["root"]
     before = tree(grown.store)
@@ -124,7 +127,7 @@ def test_a_source_is_not_written_for_another_table(
     lost: tuple[str, ...],
     change: Callable[[PairColumns], dict[str, Any]],
 ) -> None:
-    store = FeatureStore.open(grown.store / "segments/0001")
+    store = FeatureStore.block(LocalFiles(grown.store / "segments/0001"))
     other = columns(store, **change(columns(store)))
     put(store.path, dict.fromkeys(lost))
     with pytest.raises(MismatchError):

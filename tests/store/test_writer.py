@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from apecache.errors import DamagedError, MismatchError, StoreError
 from apecache.storage.files import TEMPORARY, Buffer
 from apecache.storage.local_files import LocalFiles
-from apecache.store.layout import FORMAT_VERSION, PAIRS, SOURCE, chunk_name, commit_name
+from apecache.store.layout import PAIRS, SOURCE, VIEW_FORMAT_VERSION, chunk_name, commit_name
 from apecache.store.reader import FeatureStore
 from apecache.store.records import with_checksum
 from apecache.store.writer import ArrayWriter, QuarantinedRow, create_array, create_store
@@ -401,7 +401,7 @@ def test_a_misspelt_store_is_answered_with_the_one_beside_it(tower_store: Path) 
 
 
 def test_a_store_of_a_newer_format_is_refused_by_name(tower_store: Path) -> None:
-    newer = with_checksum({"format": FORMAT_VERSION + 1})
+    newer = with_checksum({"format": VIEW_FORMAT_VERSION + 1})
     for name in (PAIRS, SOURCE):
         (tower_store / name).write_bytes(newer)
     for what in (
@@ -410,7 +410,7 @@ def test_a_store_of_a_newer_format_is_refused_by_name(tower_store: Path) -> None
     ):
         with pytest.raises(
             StoreError,
-            match=f"has format {FORMAT_VERSION + 1}; .*upgrade apecache",
+            match=f"has format {VIEW_FORMAT_VERSION + 1}; .*upgrade apecache",
         ):
             what()
 

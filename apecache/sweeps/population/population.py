@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apecache.device import kept_generators
+from apecache.device import is_accelerator, kept_generators
 from apecache.errors import DataError, RunError
 from apecache.fingerprint import Json
 from apecache.heads.head import EnsembleHead
@@ -64,6 +64,9 @@ def split_members(
     for positions in groups.values():
         logit_bytes, bytes_per_member = member_bytes(members[positions[0]])
         n_fitting = (max_bytes - logit_bytes) // bytes_per_member
+        if is_accelerator(members[positions[0]].device):
+            # Accelerators compute the logits of all members at once.
+            n_fitting = max_bytes // (logit_bytes + bytes_per_member)
         # At least one: a member that exceeds the memory trains alone.
         n_members = max(1, min(most, n_fitting))
         slices.extend(_in_slices(positions, n_members))
@@ -88,7 +91,11 @@ def stack_key(member: HeadFit, plan: StepCount) -> Hashable | None:
         plan,
         recipe.schedule.batch_size,
         recipe.loss.captions,
+        recipe.loss.temperature_parameter,
+        recipe.schedule.epoch,
         mixes,
+        recipe.loss.learnable,
+        recipe.loss.kind,
         member.epoch,
         member.step,
     )
@@ -97,7 +104,7 @@ def stack_key(member: HeadFit, plan: StepCount) -> Hashable | None:
 def member_bytes(member: HeadFit) -> tuple[int, int]:
     """Estimate memory: of the logits of a batch, and of everything else of each member.
 
-    One member at a time needs logits, so that they count once for a population.
+    On a CPU one member at a time needs logits, so that they count once for a population.
     """
     weights = sum(parameter.numel() for parameter in member.model.parameters())
     logits, activations = activation_counts(member)
@@ -126,12 +133,14 @@ class Population:
     """Train members together, at the same step.
 
     On a CPU members take turns, an epoch each, in groups whose activations stay in its caches. On
-    other devices all of them make one group.
+    accelerators all of them make one group, and dropout draws one mask tensor for all members: a
+    member with dropout then ends elsewhere than a fit alone.
 
     Args:
         members: At least two, of one `stack_key`.
         streams: The random states of the members, in the same order.
         plan: The plan of every member.
+        few_launches: See `MemberGroup`; None: on accelerators.
 
     Attributes:
         failures: Why a member is no longer among the `present` ones, by its position.
@@ -142,13 +151,17 @@ class Population:
         members: Sequence[HeadFit],
         streams: MemberGenerators,
         plan: StepCount,
+        few_launches: bool | None = None,
     ) -> None:
         self.members = list(members)
         self.streams = streams
         self.plan = plan
         self.failures: dict[int, str] = {}
+        self.few_launches = few_launches
+        if few_launches is None:
+            self.few_launches = is_accelerator(streams.device)
         positions = list(range(len(members)))
-        size = len(members) if streams.device.type != "cpu" else slab_size(members[0])
+        size = len(members) if self.few_launches else slab_size(members[0])
         self.groups = [
             self._group(group_positions) for group_positions in _in_slices(positions, size)
         ]
@@ -160,6 +173,7 @@ class Population:
             members=[self.members[i] for i in positions],
             streams=self.streams.of(positions),
             plan=self.plan,
+            few_launches=bool(self.few_launches),
         )
 
     @property

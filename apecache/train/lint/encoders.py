@@ -79,6 +79,7 @@ def lint_encoder_run(
     if data != store.digest:
         raise MismatchError(
             f"{run} was trained on other pairs than those of {store.path}; give its own store"
+            f"{store.hint(data)}"
         )
     setup = set_up(
         store,

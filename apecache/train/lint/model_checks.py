@@ -49,7 +49,7 @@ def lint_groups(
     if optimizer:
         for group in optimizer.param_groups:
             held.update(id(parameter) for parameter in group["params"])
-    if recipe.loss.learnable and id(model.temperature.log_scale) not in held:
+    if recipe.loss.learnable and id(model.temperature.parameter) not in held:
         text = "the temperature is learnable, but in no group of the optimizer"
         yield Finding(
             check="temperature",

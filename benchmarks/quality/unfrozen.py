@@ -1,0 +1,166 @@
+"""What training the text tower adds to heads: LiT at convergence, begun with trained heads.
+
+    python -m benchmarks.quality.unfrozen --store flickr8k/store --image-features … --text-features … \
+        --text hf:/folder --work runs
+    python -m benchmarks.quality.unfrozen --quick            # no tower: only says what would run
+
+For each seed `projection` is fitted on cached features, then `lit-warm.toml` begins with its heads. The
+image side is read from the cache. Train images fit, a seeded 500 of them choose the epoch, val is only
+reported. Runs stay in `--work`; one that was broken off goes on.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apecache.encoders.spec import parse_encoder
+from apecache.evaluate.comparison import compare_hits
+from apecache.evaluate.embeddings import embed_store
+from apecache.metrics.protocols import retrieval_hits
+from apecache.metrics.statistics import RetrievalHits
+from apecache.recipes.recipe import load_recipe
+from apecache.runs.encoders import DESCRIPTION as TOWER_RUN
+from apecache.runs.folder import read_history
+from apecache.runs.heads import DESCRIPTION as HEAD_RUN
+from apecache.runs.load import Run, load_run
+from apecache.store.reader import FeatureStore
+from apecache.train.encoder_data import FitEncoderSpec
+from apecache.train.fit_encoder import fit_encoder
+from apecache.train.fit_head import fit_head
+from apecache.train.head_data import FitSpec
+from benchmarks.record import Goal, print_goals, print_table, write_result
+
+RECIPE = Path(__file__).with_name("lit-warm.toml")
+TARGET = 33.0
+"""Mean R@1 on val, with one cached image encoder."""
+METRIC = "mean R@1"
+
+
+def main() -> None:
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    recipe = load_recipe(RECIPE, options.set)
+    if options.quick:
+        print(f"{recipe.name}: {recipe.schedule.epochs} epochs of {recipe.schedule.batch_size}")
+        return
+    store = FeatureStore.open(options.store)
+    answers: dict[str, list[RetrievalHits]] = {"projection": [], recipe.name: []}
+    curves: list[dict[str, Any]] = []
+    for seed in range(options.seeds):
+        heads = options.work / f"projection-{seed}"
+        towers = options.work / f"{recipe.name}-{seed}"
+        fit_both(store, options, heads, towers, seed)
+        for name, run in (("projection", heads), (recipe.name, towers)):
+            answers[name].append(answered(load_run(run), store))
+        for line in read_history(towers):
+            curves.append(
+                {
+                    "seed": seed,
+                    "epoch": line["epoch"],
+                    "loss": line["loss"],
+                    "dev mean recall": round(line["dev"]["mean_recall"], 2),
+                    "seconds": round(line["seconds"], 1),
+                }
+            )
+    rows = [row_of(name, hits) for name, hits in answers.items()]
+    difference = compare_hits(
+        answers[recipe.name],
+        answers["projection"],
+        metric=METRIC,
+        chance=0.0,
+    )
+    rows[1] |= {
+        "paired": round(difference.difference, 2),
+        "low": round(difference.low, 2),
+        "high": round(difference.high, 2),
+    }
+    print_table(rows)
+    print_table(curves)
+    met = [
+        Goal(
+            name="text tower trained: mean R@1 on val",
+            value=rows[1][METRIC],
+            target=TARGET,
+            better="higher",
+        )
+    ]
+    print_goals(met)
+    write_result("quality-unfrozen", goals=met, rows=[*rows, *curves], path=options.json)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Recall with a trained text tower.")
+    parser.add_argument("--store", type=Path, help="a complete store with splits train and val")
+    parser.add_argument("--image-features", help="which, if the store has several")
+    parser.add_argument("--text-features", help="which, if the store has several")
+    parser.add_argument("--text", help="the text encoder, as extract takes it")
+    parser.add_argument("--set", action="append", default=[], help="setting of lit-warm.toml")
+    parser.add_argument("--slice", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="folder to keep the runs in")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not options.quick and not (options.store and options.text and options.work):
+        parser.error("--store, --text and --work are needed (or --quick)")
+    return options
+
+
+def fit_both(
+    store: FeatureStore,
+    options: argparse.Namespace,
+    heads: Path,
+    towers: Path,
+    seed: int,
+) -> None:
+    """Fit the heads, then the tower; finished runs are not fitted again."""
+    if not (heads / HEAD_RUN).is_file():
+        spec = FitSpec(
+            options.image_features,
+            text_features=options.text_features,
+            seed=seed,
+            device="cpu",
+        )
+        fit_head(store, recipe="projection", out=heads, spec=spec)
+    if not (towers / TOWER_RUN).is_file():
+        tower_spec = FitEncoderSpec(
+            text=parse_encoder(options.text, "text"),
+            image_features=options.image_features,
+            seed=seed,
+            slice_size=options.slice,
+            device="cpu",
+            init_from=heads,
+        )
+        fit_encoder(store, recipe=load_recipe(RECIPE, options.set), out=towers, spec=tower_spec)
+
+
+def answered(run: Run, store: FeatureStore) -> RetrievalHits:
+    """The answers of a run on val."""
+    embedded = embed_store(run, store, "val")
+    return retrieval_hits(
+        embedded.image,
+        embedded.text,
+        embedded.image_of_text,
+        relevance=embedded.relevance,
+    )
+
+
+def row_of(name: str, hits: list[RetrievalHits]) -> dict[str, Any]:
+    i2t = statistics.mean(seed_hits.value([("image_to_text", 1)]) for seed_hits in hits)
+    t2i = statistics.mean(seed_hits.value([("text_to_image", 1)]) for seed_hits in hits)
+    return {
+        "recipe": name,
+        "i2t R@1": round(i2t, 2),
+        "t2i R@1": round(t2i, 2),
+        METRIC: round((i2t + t2i) / 2, 2),
+        "seeds": len(hits),
+        "n_images": hits[0].n_images,
+    }
+
+
+if __name__ == "__main__":
+    main()
