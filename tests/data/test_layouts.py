@@ -90,6 +90,7 @@ def test_a_separator_can_be_named(tmp_path: Path) -> None:
         ['"Big dogs asleep', "a boat", 'rain on a window"', "apples"],
         ['"', "a", "b", '"'],
         ['said "no"', '"quoted whole"', "plain", 'ends with "'],
+        ['"quoted whole"', "plain", "another"],
         ['a ""double"" quote', '"x" and y', "plain", ""],
     ],
 )
