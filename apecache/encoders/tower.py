@@ -141,8 +141,7 @@ class Tower(nn.Module):
         if self.module_map.wrapper != "open_clip-hf" or self.modality == "image":
             return mask
         # open_clip hides the padding token also where a text holds it.
-        own_mask: Tensor = (inputs != self.root.config.pad_token_id).long()
-        return own_mask
+        return inputs.ne(self.root.config.pad_token_id).long()
 
     def forward_from(self, cut: Cut, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run what lies above the cut.
