@@ -582,7 +582,9 @@ def show_graded(run: str, result: dict[str, Any]) -> None:
         measured[result["baseline"]["name"]] = result["baseline"].get("graded")
     rows: list[tuple[object, ...]] = []
     for name, figures in measured.items():
-        for direction in ("image_to_text", "text_to_image") if figures else ():
+        if figures is None:
+            continue
+        for direction in ("image_to_text", "text_to_image"):
             values = figures[direction]
             shown = (values["map_at_r"], values["r_precision"], values["ndcg"])
             title = f"{name}, {direction.replace('_', ' ')}"
