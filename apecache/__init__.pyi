@@ -28,12 +28,17 @@ from .evaluate.scout import scout as scout
 from .evaluate.zeroshot import ZeroShotReport as ZeroShotReport
 from .evaluate.zeroshot import ZeroShotSpec as ZeroShotSpec
 from .evaluate.zeroshot import zero_shot as zero_shot
+from .export.open_clip_triple import open_clip_triple as open_clip_triple
+from .extraction.additions import add_images as add_images
+from .extraction.additions import delete_images as delete_images
 from .extraction.estimate import ExtractPlan as ExtractPlan
 from .extraction.estimate import plan_extraction as plan_extraction
 from .extraction.run import ExtractReport as ExtractReport
 from .extraction.run import ExtractSpec as ExtractSpec
 from .extraction.run import extract as extract
 from .extraction.shard_range import ShardRange as ShardRange
+from .heads.registered import register_head as register_head
+from .losses.registered import register_loss as register_loss
 from .metrics.retrieval import RetrievalReport as RetrievalReport
 from .metrics.retrieval import retrieval_report as retrieval_report
 from .plan.counting import PlanSpec as PlanSpec
@@ -59,6 +64,10 @@ from .search.index import update_index as update_index
 from .search.query import Query as Query
 from .search.query import SearchIndex as SearchIndex
 from .store.array import FeatureArray as FeatureArray
+from .store.import_features import ImportReport as ImportReport
+from .store.import_features import import_features as import_features
+from .store.import_spec import FeatureInput as FeatureInput
+from .store.import_spec import ImportSpec as ImportSpec
 from .store.reader import FeatureStore as FeatureStore
 from .sweeps.run import SweepReport as SweepReport
 from .sweeps.run import SweepSpec as SweepSpec
@@ -85,18 +94,20 @@ __all__ = [
     "ExtractReport",
     "ExtractSpec",
     "FeatureArray",
+    "FeatureInput",
     "FeatureStore",
     "FitEncoderReport",
     "FitEncoderSpec",
     "FitReport",
     "FitSpec",
     "ImageTextModel",
+    "ImportReport",
+    "ImportSpec",
     "LabeledSpec",
     "MetricDifference",
     "OpenSpec",
     "Pair",
     "PairSource",
-    "ShardRange",
     "Plan",
     "PlanSpec",
     "ProbeReport",
@@ -110,6 +121,7 @@ __all__ = [
     "ScoutSpec",
     "SearchIndex",
     "ServeSpec",
+    "ShardRange",
     "Space",
     "SplitSpec",
     "SweepReport",
@@ -119,16 +131,19 @@ __all__ = [
     "TrainedHeads",
     "ZeroShotReport",
     "ZeroShotSpec",
+    "add_images",
     "build_index",
     "build_tower",
-    "ensemble_heads",
     "compare_runs",
+    "delete_images",
     "embed_store",
+    "ensemble_heads",
     "extract",
     "extract_on_ray",
     "find_templates",
     "fit_encoder",
     "fit_head",
+    "import_features",
     "load",
     "load_benchmark",
     "load_encoders",
@@ -137,11 +152,14 @@ __all__ = [
     "load_run",
     "load_space",
     "log_to_tensorboard",
+    "open_clip_triple",
     "open_pairs",
     "parse_encoder",
     "plan_extraction",
     "probe",
     "read_class_names",
+    "register_head",
+    "register_loss",
     "report_page",
     "retrieval_report",
     "save_heads",

@@ -4,8 +4,10 @@ An accelerator computes beside the host, in memory of its own. The CPU does not,
 does nothing there, or returns what says so.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +59,19 @@ def synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
+def timed_seconds(
+    run: Callable[[], object],
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Time one call in seconds, from an idle device until the device has finished its work."""
+    synchronize(device)
+    begin = clock()
+    run()
+    synchronize(device)
+    return clock() - begin
+
+
 def release_cached_memory(device: torch.device) -> None:
     """Give back the memory that torch's allocator keeps for later."""
     if is_accelerator(device):
@@ -77,6 +92,49 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor.to(device)
     # From pageable memory the copy would wait until the device has done all that was started.
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """Copy a tensor to the host while the device goes on; `read` waits for this copy alone.
+
+    Work that is started after the copy is not waited for, as it would be by `Tensor.cpu`.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host = tensor
+        self._copied: Any = None
+        if is_accelerator(tensor.device):
+            device_module = torch.get_device_module(tensor.device)
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._copied = device_module.Event()
+            self._copied.record(device_module.current_stream(tensor.device))
+
+    def read(self) -> Tensor:
+        """Return the copy on the host, once it is complete."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host.cpu()
+
+
+@contextmanager
+def float32_products(device: torch.device, tf32: bool) -> Iterator[None]:
+    """Let CUDA round the factors of float32 products and convolutions to TF32, or not, for a while.
+
+    Other devices have no TF32, and nothing changes there.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    products = torch.get_float32_matmul_precision()
+    convolutions = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 # --- random numbers -------------------------------------------------------------------------------

@@ -220,23 +220,32 @@ def require_local(folder: Path, what: str) -> None:
         raise RunError(f"{what} {folder} is on object storage; this command takes a folder")
 
 
-def require_new(folder: Path, what: str, overwrite: bool = False) -> None:
+def require_new(
+    folder: Path,
+    what: str,
+    overwrite: bool = False,
+    holds_another: bool = True,
+) -> None:
     """Refuse to write over something that exists.
 
     Args:
         folder: the output.
         what: the kind of output, for messages.
-        overwrite: `--overwrite` was given, but `folder` does not hold such an output.
+        overwrite: whether `--overwrite` was given.
+        holds_another: whether `folder` holds an output of this kind, which may be overwritten.
 
     Raises:
-        RunError: `folder` exists and is not empty.
+        RunError: `folder` is not empty, and holds something else or is not to be overwritten.
     """
     require_local(folder, what)
     # An empty folder may be filled: nothing in it can be lost.
     is_filled = folder.is_dir() and any(folder.iterdir())
     if is_filled or folder.is_file():
-        if overwrite:
+        if not holds_another:
             raise RunError(
-                f"{folder} exists and is no {what}, so it is not overwritten; choose another --out"
+                f"{folder} holds other files than those of one {what}, so it is not overwritten; "
+                "choose another --out"
             )
+        if overwrite:
+            return
         raise RunError(f"{what} {folder} exists already; choose another --out, or add --overwrite")

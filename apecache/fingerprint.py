@@ -54,6 +54,14 @@ def content_hash(data: bytes | memoryview | str) -> str:
     return blake3(raw).hexdigest()
 
 
+def hash_buffers(buffers: Iterable[bytes | memoryview]) -> str:
+    """Return the `content_hash` of buffers that follow one another, without joining them."""
+    hasher = blake3()
+    for buffer in buffers:
+        hasher.update(buffer)
+    return hasher.hexdigest()
+
+
 def digest_strings(strings: Iterable[str]) -> str:
     """Return the BLAKE3 of a sequence of strings."""
     hasher = blake3()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-AREAS = ("speed", "quality", "reliability", "cost")
+AREAS = ("speed", "quality", "reliability", "cost", "gpu")
 HERE = Path(__file__).parent
 
 

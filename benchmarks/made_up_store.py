@@ -4,7 +4,7 @@ from pathlib import Path
 
 from apecache.encoders.spec import EncoderSpec
 from apecache.fingerprint import Fingerprint, content_hash, digest_strings
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import (

@@ -13,13 +13,17 @@ import typer
 from . import (
     analyze,
     auto,
+    bundle,
     compare,
     curate,
     demo,
+    doctor,
     evaluate,
+    export_embeddings,
     export_run,
     extract,
     fit,
+    import_features,
     lint,
     plan,
     recipes,
@@ -29,6 +33,7 @@ from . import (
     serve,
     store,
     sweep,
+    views,
 )
 from .system_errors import Command
 from .terminal import FAILURE, INTERRUPTED, command_line, complain_of_system
@@ -71,7 +76,13 @@ def _add(panel: str, command: Callable[..., None], name: str | None = None) -> N
 
 
 _add(CACHE, extract.extract)
+_add(CACHE, import_features.import_features, name="import")
 _add(CACHE, store.info)
+_add(CACHE, views.views)
+_add(CACHE, views.split)
+_add(CACHE, views.compact)
+_add(CACHE, views.add)
+_add(CACHE, views.delete)
 _add(CACHE, store.verify)
 _add(CACHE, store.repair)
 _add(CACHE, store.remove)
@@ -93,11 +104,14 @@ _add(SEARCH, search.index)
 _add(SEARCH, search.search)
 _add(SEARCH, serve.serve)
 _add(TOOLS, demo.demo)
+_add(TOOLS, doctor.doctor)
 _add(TOOLS, scout.scout)
 _add(TOOLS, plan.plan)
 _add(TOOLS, auto.forecast)
 _add(TOOLS, curate.curate)
 _add(TOOLS, export_run.export_run, name="export-run")
+_add(TOOLS, bundle.bundle)
+_add(TOOLS, export_embeddings.export_embeddings, name="export-embeddings")
 
 
 def _version(is_requested: bool) -> None:

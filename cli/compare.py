@@ -10,7 +10,7 @@ import typer
 from apecache.errors import counted
 
 from .labeled import show_left_out
-from .option_groups import Device, Json, Root
+from .option_groups import Device, Json, Root, View
 from .runs import opener
 from .terminal import ending, show_json, show_table, warn
 
@@ -38,6 +38,7 @@ def compare(
         typer.Option("--b", metavar="RUN", help="Run of recipe B. Repeat for more seeds."),
     ] = None,
     split: Annotated[str, typer.Option(metavar="SPLIT", help="Split to measure.")] = "val",
+    view: View = None,
     root: Root = None,
     device: Device = "auto",
     json: Json = False,
@@ -65,6 +66,7 @@ def compare(
             [side_a, side_b],
             names={str(folder): name for name, folder in folders.items()},
             store=store,
+            view=view,
             split=split,
             root=root,
             device=device,
@@ -97,6 +99,7 @@ def measure(
     sides: list[list[Path]],
     names: dict[str, str],
     store: str,
+    view: str | None,
     split: str,
     root: str | None,
     device: str,
@@ -113,13 +116,14 @@ def measure(
     from apecache.evaluate.comparison import compare_runs
     from apecache.store.reader import FeatureStore
 
+    opened = FeatureStore.open(store, view)
     comparison = compare_runs(
         sides[0],
         run_b=sides[1],
-        store=FeatureStore.open(store),
+        store=opened,
         split=split,
         device=device,
-        open_image=opener(root),
+        open_image=opener(root, opened),
     )
     trained_on_split = [names[folder] for folder in comparison.seen_in_training]
     for name in trained_on_split:

@@ -12,6 +12,7 @@ from .option_groups import (
     ImageEncoders,
     MaxTokens,
     OptionGroup,
+    PairModels,
     Resolution,
     TextCuts,
     TextEncoders,
@@ -32,6 +33,7 @@ class EncoderOptions(OptionGroup):
 
     image: ImageEncoders = None
     text: TextEncoders = None
+    model: PairModels = None
     image_cut: ImageCuts = None
     text_cut: TextCuts = None
     text_prefix: Annotated[
@@ -52,14 +54,15 @@ class EncoderOptions(OptionGroup):
     ] = None
     resolution: Resolution = None
     max_tokens: MaxTokens = None
-    dtype: Annotated[
+    precision: Annotated[
         str,
         typer.Option(
             metavar="TYPE",
-            help="Type of the computation: float32, float16 or bfloat16.",
+            help="Precision of the computation: float32, tf32, float16, bfloat16, or auto: on CUDA "
+            "the fastest one that is exact enough on 256 rows, on a CPU float32.",
             rich_help_panel=ENCODERS,
         ),
-    ] = "float32"
+    ] = "auto"
     resize: Annotated[
         str,
         typer.Option(
@@ -74,10 +77,10 @@ class EncoderOptions(OptionGroup):
         """Return every cut of every image encoder."""
         choice("--resize", self.resize, ("reference", "torchvision"))
         return encoder_specs(
-            self.image,
+            both_sides(self.model, self.image),
             modality="image",
             cuts=self.image_cut,
-            dtype=self.dtype,
+            dtype="float32",
             resolution=self.resolution,
             resize=self.resize,
         )
@@ -85,13 +88,18 @@ class EncoderOptions(OptionGroup):
     def texts(self) -> "tuple[EncoderSpec, ...]":
         """Return every cut of every text encoder."""
         return encoder_specs(
-            self.text,
+            both_sides(self.model, self.text),
             modality="text",
             cuts=self.text_cut,
-            dtype=self.dtype,
+            dtype="float32",
             max_tokens=self.max_tokens,
             prefix=self.text_prefix,
         )
+
+
+def both_sides(models: list[str] | None, side: list[str] | None) -> list[str]:
+    """Return the encoders of one side: those of `--model`, then those of its own option."""
+    return [*(models or ()), *(side or ())]
 
 
 def encoder_specs(
@@ -107,18 +115,17 @@ def encoder_specs(
         names: The encoders, as `--image` or `--text` takes them.
         modality: The side of all encoders.
         cuts: The poolings, as `--image-cut` takes them; None: the encoder's own.
-        dtype: The type of the computation; checked here.
+        dtype: The precision of the computation.
         settings: Other fields of `EncoderSpec`, the same for all encoders.
 
     Raises:
-        OptionError: An unknown `dtype`, or a cut that cannot be parsed.
+        OptionError: A cut that cannot be parsed.
         EncoderError: A name that cannot be parsed.
     """
     from dataclasses import replace
 
     from apecache.encoders.spec import parse_cut, parse_encoder
 
-    choice("--dtype", dtype, ("float32", "float16", "bfloat16"))
     parsed_cuts = [parse_cut(cut) for cut in cuts or ["default"]]
     specs = [parse_encoder(name, modality) for name in names or ()]
     return tuple(

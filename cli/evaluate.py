@@ -14,16 +14,18 @@ from .option_groups import (
     Json,
     MaxBad,
     OptionGroup,
-    SourceOptions,
+    View,
     takes_groups,
 )
 from .runs import MovedEncoders, opener
+from .source_options import SourceOptions
 from .terminal import choice, ending, show_json, show_table, warn
 
 if TYPE_CHECKING:
-    from apecache.evaluate.embeddings import Embeddings
+    from apecache.evaluate.embeddings import Embeddings, OpenImage
     from apecache.metrics.protocols import RecallIntervals
     from apecache.metrics.retrieval import RetrievalReport
+    from apecache.store.reader import FeatureStore
 
 TASKS = ("retrieval", "zeroshot", "probe", "text-probe")
 RETRIEVAL = "Retrieval"
@@ -33,9 +35,12 @@ PROBES = "Probes"
 
 TASKS_OF_OPTIONS = {
     "--store": ("retrieval",),
+    "--view": ("retrieval",),
     "--folds": ("retrieval",),
     "--by-language": ("retrieval",),
     "--csls": ("retrieval",),
+    "--relevance": ("retrieval",),
+    "--baseline": ("retrieval", "zeroshot"),
     "--labels": ("zeroshot", "probe", "text-probe"),
     "--dataset": ("zeroshot",),
     "--class-names": ("zeroshot",),
@@ -53,6 +58,7 @@ class TaskOptions(OptionGroup):
         str | None,
         typer.Option(metavar="STORE", help="Feature store to measure retrieval on."),
     ] = None
+    view: View = None
     split: Annotated[
         str | None,
         typer.Option(
@@ -70,6 +76,29 @@ class TaskOptions(OptionGroup):
             metavar="SOURCE",
             help="Images with labels: a table, a folder per class, tar files, …. For text-probe: "
             "texts with labels.",
+        ),
+    ] = None
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENCODER",
+            help="Also measure a ready-made model on the same data: open_clip:NAME/TAG, or hf:ID "
+            "of a CLIP or SigLIP.",
+        ),
+    ] = None
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SUITE",
+            help="In place of a task: clip-benchmark (every data set of --data-root) or "
+            "datacomp-38 (extra: zero-shot).",
+        ),
+    ] = None
+    data_root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of the data sets of --suite, in clip_benchmark's webdataset layout.",
         ),
     ] = None
     probe_train_split: Annotated[
@@ -111,6 +140,15 @@ class RetrievalOptions(OptionGroup):
             rich_help_panel=RETRIEVAL,
         ),
     ] = False
+    relevance: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Further right answers: a .tsv, .csv or .jsonl with the columns text (KEY#N or a "
+            "caption), image (KEY) and, optionally, grade. Adds mAP@R, R-precision and nDCG.",
+            rich_help_panel=RETRIEVAL,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +217,9 @@ def evaluate(
         choice("--task", task, TASKS)
         given = {
             "store": task_options.store,
+            "view": task_options.view,
             "labels": task_options.labels,
+            "baseline": task_options.baseline,
             **vars(retrieval_options),
             **vars(class_options),
         }
@@ -188,6 +228,13 @@ def evaluate(
 
         # A run on object storage is a local copy until the end of the block.
         with fetched_run(run) as run_folder:
+            if task_options.suite is not None:
+                result = suite(run_folder, task_options, encoders, device)
+                if json:
+                    show_json(result)
+                else:
+                    show_suite(run, result)
+                return
             request = LabeledOptions(
                 run=run_folder,
                 labels=task_options.labels,
@@ -213,13 +260,66 @@ def measure(
     """Measure one task; return the JSON form of its report."""
     match task_options.task:
         case "retrieval":
-            return retrieval(request, task_options.store, retrieval_options)
+            return retrieval(
+                request,
+                task_options,
+                retrieval_options,
+                baseline=task_options.baseline,
+            )
         case "zeroshot":
-            return zeroshot(request, **vars(class_options))
+            return zeroshot(request, **vars(class_options), baseline=task_options.baseline)
         case "probe":
             return probes(request, "image", task_options.probe_train_split)
         case _:
             return probes(request, "text", task_options.probe_train_split)
+
+
+def suite(
+    run: Path,
+    options: TaskOptions,
+    encoders: MovedEncoders,
+    device: str,
+) -> dict[str, Any]:
+    """Measure a run by another program's suite; return the JSON form of its report."""
+    from apecache.device import resolve_device
+    from apecache.errors import OptionError
+    from apecache.export.benchmark_suite import run_suite
+
+    assert options.suite is not None
+    if options.data_root is None:
+        raise OptionError("--data-root is missing: give the folder of the data sets of --suite")
+    moved_image, moved_text = encoders.recorded_in(run)
+    report = run_suite(
+        run,
+        options.suite,
+        data_root=options.data_root,
+        image=moved_image,
+        text=moved_text,
+        device=str(resolve_device(device)),
+        progress=lambda name: typer.echo(f"measuring {name}", err=True),
+    )
+    return asdict(report)
+
+
+def show_suite(run: str, result: dict[str, Any]) -> None:
+    """Show the figures of a suite in per cent, and the tasks without data."""
+    rows: list[tuple[object, ...]] = []
+    for row in result["rows"]:
+        metric = row["main_metric"]
+        # Outside of DataComp the first figure of clip_benchmark is shown.
+        shown = metric if metric in row["metrics"] else next(iter(row["metrics"]))
+        low, high = row["intervals"][shown]
+        span = f"{100 * low:.1f} to {100 * high:.1f}"
+        rows.append((row["title"], shown, 100 * row["metrics"][shown], span, row["n_images"]))
+    columns = ("data set", "figure", "%", "95 % interval", "images")
+    show_table(f"{result['suite']}: {run}", columns, rows)
+    if result["main_score"] is not None:
+        n_measured = 38 - len(result["missing"])
+        typer.echo(
+            f"mean of the {n_measured} of 38 tasks that were measured: "
+            f"{100 * result['main_score']:.2f} %"
+        )
+        typer.echo(f"missing: {', '.join(result['missing'])}")
 
 
 def show_result(run: str, task: str, result: dict[str, Any]) -> None:
@@ -257,21 +357,24 @@ def _require_effect(task: str, parameters: list[str]) -> None:
 
 def retrieval(
     request: LabeledOptions,
-    store: str | None,
+    task_options: TaskOptions,
     options: RetrievalOptions,
+    baseline: str | None = None,
 ) -> dict[str, Any]:
     """Measure retrieval on a split of a store.
 
     Args:
         request: The run and its encoders, the split, and where the images are.
-        store: The feature store with the split; None is an error that names --store.
-        options: Folds, languages and CSLS.
+        task_options: The feature store with the split, which must be given, and its view.
+        options: Folds, languages, CSLS and further right answers.
+        baseline: A ready-made model to measure beside the run.
 
     Returns:
         The JSON form of the report: recalls in per cent.
     """
     from apecache.errors import OptionError
 
+    store = task_options.store
     if store is None:
         raise OptionError("--store is missing: give the feature store to measure retrieval on")
     from apecache.evaluate.comparison import was_split_seen
@@ -280,21 +383,25 @@ def retrieval(
 
     split = request.split or "val"
     loaded = request.load()
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.open(store, task_options.view)
     embedded = embed_store(
         loaded,
         store=opened,
         split=split,
-        open_image=opener(request.source_options.root),
+        open_image=opener(request.source_options.root, opened),
     )
-    was_seen = was_split_seen(loaded.training, opened.digest, split)
+    was_seen = was_split_seen(
+        loaded.training,
+        opened.trained_digest(loaded.training.get("data")),
+        split,
+    )
     if was_seen:
         warn(
             f"split {split!r} was used in training or to choose the epoch: these figures do not "
             "measure generalization"
         )
     text_languages = [str(opened.pairs.languages[row]) for row in embedded.text_rows]
-    return {
+    result = {
         "task": "retrieval",
         "split": split,
         **plain_recalls(embedded, options.folds),
@@ -304,29 +411,90 @@ def retrieval(
         "seen_in_training": was_seen,
         "left_out": asdict(embedded.left_out),
     }
+    if options.relevance is not None:
+        result["graded"] = graded(embedded, opened, options.relevance)
+    if baseline is not None:
+        result["baseline"] = baseline_recalls(
+            baseline,
+            store=opened,
+            embedded=embedded,
+            open_image=image_opener(opened, request.source_options.root),
+            options=options,
+            device=request.device,
+        )
+    return result
+
+
+def image_opener(store: "FeatureStore", root: str | None) -> "OpenImage":
+    """Return a function that reads the images of a store, below `root` or where it was made."""
+    from apecache.data.images import load_image
+    from apecache.data.media import media_at, media_below
+
+    media = media_below(root) if root else media_at(str(store.source.get("root", "")))
+    return lambda key: load_image(key, media).image
+
+
+def baseline_recalls(
+    name: str,
+    store: "FeatureStore",
+    embedded: "Embeddings",
+    open_image: "OpenImage",
+    options: RetrievalOptions,
+    device: str,
+) -> dict[str, Any]:
+    """Return the recalls of a ready-made model on the images and captions of a run, as JSON."""
+    from apecache.evaluate.baseline import embed_baseline, load_baseline
+
+    baseline = load_baseline(name, device)
+    of_baseline = embed_baseline(baseline, store, embedded, open_image)
+    result = {"name": name, **plain_recalls(of_baseline, options.folds)}
+    if options.relevance is not None:
+        result["graded"] = graded(of_baseline, store, options.relevance)
+    return result
+
+
+def graded(embedded: "Embeddings", store: "FeatureStore", path: Path) -> dict[str, Any]:
+    """Return the figures with the right answers of a file, as JSON."""
+    from apecache.evaluate.relevance_file import graded_pairs, read_relevance
+    from apecache.metrics.graded import graded_report
+
+    pairs, n_unknown = graded_pairs(read_relevance(path), store, embedded)
+    if n_unknown:
+        warn(f"{path}: {n_unknown:,} lines name an image or a text that is not in the split")
+    report = graded_report(
+        embedded.image,
+        text=embedded.text,
+        image_of_text=embedded.image_of_text,
+        pairs=pairs,
+        relevance=embedded.relevance,
+    )
+    directions = {}
+    for name, direction in asdict(report).items():
+        directions[name] = {**direction, "recall": keyed(direction["recall"])}
+    return {**directions, "n_pairs": len(pairs.grades), "n_unknown": n_unknown}
 
 
 def plain_recalls(embedded: "Embeddings", folds: int | None) -> dict[str, Any]:
     """Return recalls as JSON, with intervals unless they are means over folds."""
-    from apecache.metrics.protocols import folded_report, retrieval_intervals
-    from apecache.metrics.retrieval import retrieval_report
+    from apecache.metrics.protocols import folded_report, measure_retrieval
 
     tensors = (embedded.image, embedded.text, embedded.image_of_text)
     relevance = embedded.relevance
     if folds:
         report = folded_report(*tensors, folds, relevance=relevance)
+        # Intervals resample the images of a whole split; a mean over folds has none.
         intervals = None
     else:
-        report = retrieval_report(*tensors, relevance=relevance)
-        # Intervals resample the images of a whole split; a mean over folds has none.
-        intervals = retrieval_intervals(*tensors, relevance=relevance)
+        measured = measure_retrieval(*tensors, relevance=relevance)
+        report = measured.report
+        intervals = measured.intervals
     mean_recall = round(report.mean_recall_at_1, 4)
     return {**report_json(report, intervals), "mean_recall_at_1": mean_recall}
 
 
 def csls_recalls(embedded: "Embeddings", folds: int | None) -> dict[str, Any]:
     """Return the same as `plain_recalls`, by CSLS."""
-    from apecache.metrics.csls import csls_intervals, csls_report
+    from apecache.metrics.csls import csls_report, measure_csls
     from apecache.metrics.protocols import folded_report
 
     tensors = (embedded.image, embedded.text, embedded.image_of_text)
@@ -334,8 +502,8 @@ def csls_recalls(embedded: "Embeddings", folds: int | None) -> dict[str, Any]:
     if folds:
         report = folded_report(*tensors, folds, measure=csls_report, relevance=relevance)
         return report_json(report, None)
-    report = csls_report(*tensors, relevance=relevance)
-    return report_json(report, csls_intervals(*tensors, relevance=relevance))
+    measured = measure_csls(*tensors, relevance=relevance)
+    return report_json(measured.report, measured.intervals)
 
 
 def recalls_by_language(embedded: "Embeddings", text_languages: list[str]) -> dict[str, Any]:
@@ -345,14 +513,13 @@ def recalls_by_language(embedded: "Embeddings", text_languages: list[str]) -> di
         embedded: The embeddings.
         text_languages: The language of each text.
     """
-    from apecache.metrics.protocols import language_intervals, language_reports
+    from apecache.metrics.protocols import measure_languages
 
     tensors = (embedded.image, embedded.text, embedded.image_of_text)
-    relevance = embedded.relevance
-    reports = language_reports(*tensors, text_languages, relevance=relevance)
-    intervals = language_intervals(*tensors, text_languages, relevance=relevance)
+    measured = measure_languages(*tensors, text_languages, relevance=embedded.relevance)
     return {
-        language: report_json(report, intervals[language]) for language, report in reports.items()
+        language: report_json(measurement.report, measurement.intervals)
+        for language, measurement in measured.items()
     }
 
 
@@ -384,6 +551,9 @@ def show_retrieval(run: str, result: dict[str, Any]) -> None:
     if result["csls"]:
         rows.append(recall_row("with CSLS", result["csls"]))
         rows += interval_rows(result["csls"]["intervals"])
+    if result.get("baseline"):
+        rows.append(recall_row(result["baseline"]["name"], result["baseline"]))
+        rows += interval_rows(result["baseline"]["intervals"])
     rows.append(recall_row("chance", result["chance"]))
     for language, report in result["languages"].items():
         name = language or "(no language)"
@@ -398,7 +568,26 @@ def show_retrieval(run: str, result: dict[str, Any]) -> None:
         columns,
         rows,
     )
+    show_graded(run, result)
     show_left_out(result["left_out"])
+
+
+def show_graded(run: str, result: dict[str, Any]) -> None:
+    """Show the figures with further right answers, if they were asked for."""
+    measured = {run: result.get("graded")}
+    if result.get("baseline"):
+        measured[result["baseline"]["name"]] = result["baseline"].get("graded")
+    rows: list[tuple[object, ...]] = []
+    for name, figures in measured.items():
+        for direction in ("image_to_text", "text_to_image") if figures else ():
+            values = figures[direction]
+            shown = (values["map_at_r"], values["r_precision"], values["ndcg"])
+            title = f"{name}, {direction.replace('_', ' ')}"
+            rows.append((title, *values["recall"].values(), *shown, values["mean_right"]))
+    if rows:
+        recalls = [f"R@{k}" for k in result["image_to_text"]]
+        columns = ("", *recalls, "mAP@R", "R-precision", "nDCG", "right answers")
+        show_table("with the right answers of --relevance", columns, rows)
 
 
 def recall_row(title: str, report: dict[str, Any]) -> tuple[object, ...]:

@@ -1,68 +1,128 @@
 """`apecache export-run`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .option_groups import Json, MovedText
+from .option_groups import Json, MovedImage, MovedText
 from .runs import moved_encoders
-from .terminal import ending, show_json
+from .terminal import choice, ending, show_json
+
+DTYPES = ("float32", "float16", "int8")
+HUB = "Hugging Face hub"
 
 
 def export_run(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
     out: Annotated[Path, typer.Argument(help="Folder to create.")],
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write both heads as ONNX files.")] = False,
-    safetensors: Annotated[
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            help="sentence-transformers, open_clip, transformers, onnx (encoders with heads), "
+            "onnx-heads or safetensors (heads alone).",
+        ),
+    ],
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", help="Weights of onnx: float32, float16 or int8."),
+    ] = "float32",
+    text_only: Annotated[
         bool,
         typer.Option(
-            "--safetensors",
-            help="Write both heads as tensors, with a JSON description.",
+            "--text-only",
+            help="Leave the image side of sentence-transformers out.",
         ),
     ] = False,
-    sentence_transformers: Annotated[
-        bool,
+    license_name: Annotated[
+        str | None,
         typer.Option(
-            "--sentence-transformers",
-            help="Write the text encoder and its head as one model.",
+            "--license",
+            metavar="NAME",
+            help="License of the heads, for the model card: apache-2.0, mit, ….",
+            rich_help_panel=HUB,
         ),
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON of apecache evaluate --json, for the model card. Repeatable.",
+            rich_help_panel=HUB,
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="Also upload the folder to this repository. Needs HF_TOKEN.",
+            rich_help_panel=HUB,
+        ),
+    ] = None,
+    private: Annotated[
+        bool,
+        typer.Option("--private", help="Make a new repository private.", rich_help_panel=HUB),
     ] = False,
+    image: MovedImage = None,
     text: MovedText = None,
     json: Json = False,
 ) -> None:
-    """Export the heads of a run for other programs.
+    """Export a run for other programs, with a model card.
 
-    Give exactly one of --onnx, --safetensors and --sentence-transformers.
+    The folder is opened by the other library and compared with the run before it gets its name.
 
-    Example: apecache export-run run heads --onnx
+    Example: apecache export-run run model --to sentence-transformers
+
+    Example: apecache export-run run model --to onnx --dtype int8
     """
     with ending():
-        from apecache.errors import OptionError, require_new
-        from apecache.runs.heads import load_heads
-        from apecache.storage.replace import undone_on_error
+        from apecache.export.export_run import FORMATS, ExportRunSpec
+        from apecache.export.export_run import export_run as export
 
-        if onnx + safetensors + sentence_transformers != 1:
-            raise OptionError(
-                "expected exactly one of --onnx, --safetensors and --sentence-transformers"
-            )
-        require_new(out, "folder")
-        heads = load_heads(run)
-        # Half a folder would be refused as an existing one by the next call.
-        with undone_on_error(out):
-            if onnx:
-                from apecache.export.onnx import export_onnx
+        choice("--to", to, FORMATS)
+        choice("--dtype", dtype, DTYPES)
+        if push_to_hub is not None:
+            from apecache.export.hub import require_repository
 
-                names = export_onnx(heads, out)
-            elif safetensors:
-                from apecache.export.weights import export_safetensors
+            require_repository(push_to_hub)
+        moved_image, moved_text = moved_encoders(run, image, text)
+        spec = ExportRunSpec(
+            to=to,  # type: ignore[arg-type]
+            dtype=dtype,  # type: ignore[arg-type]
+            text_only=text_only,
+            license_name=license_name,
+            evaluations=tuple(evaluation or ()),
+        )
+        report = export(run, out, spec=spec, image=moved_image, text=moved_text)
+        url = None
+        if push_to_hub is not None:
+            from apecache.export.hub import push_to_hub as push
 
-                names = export_safetensors(heads, out)
-            else:
-                from apecache.export.sentence_transformers import export_sentence_transformers
-
-                names = export_sentence_transformers(heads, out, moved_encoders(run, None, text)[1])
+            url = push(out, push_to_hub, private=private)
+        difference = None if report.difference is None else asdict(report.difference)
         if json:
-            show_json({"run": str(run), "out": str(out), "wrote": names})
+            value = {
+                "run": str(run),
+                "out": str(out),
+                "format": to,
+                "wrote": list(report.files),
+                "bytes": report.n_bytes,
+                "difference": difference,
+                "url": url,
+            }
+            show_json(value)
         else:
-            typer.echo(f"{out}: {', '.join(names)}")
+            typer.echo(f"{out}: {', '.join(report.files)}; {report.n_bytes / 1e6:.1f} MB")
+            if report.difference is not None:
+                typer.echo(f"largest difference to the run: {_shown(difference)}")
+            if url is not None:
+                typer.echo(f"uploaded to {url}")
+
+
+def _shown(difference: dict[str, float | None] | None) -> str:
+    """Return the differences of both sides as text."""
+    sides = (difference or {}).items()
+    return ", ".join(f"{side} {value:.1e}" for side, value in sides if value is not None)

@@ -8,7 +8,7 @@ import typer
 
 from apecache.errors import counted
 
-from .encoders import EncoderOptions, view_spec
+from .encoders import EncoderOptions, both_sides, view_spec
 from .engine import ray_spec, results_only
 from .memory import keep_freed_memory
 from .option_groups import (
@@ -23,16 +23,18 @@ from .option_groups import (
     Ray,
     SingleWriter,
     Source,
-    SplitSourceOptions,
     takes_groups,
 )
+from .source_options import SplitSourceOptions
 from .terminal import choice, ending, printable, progress, show_json, show_table, warn
+
+PRECISIONS = ("auto", "float32", "tf32", "float16", "bfloat16")
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from apecache.cluster.pool import RaySpec
-    from apecache.data.pairs import PairSource, SourceFields
+    from apecache.data.pairs import PairSource
     from apecache.data.spec import Role
     from apecache.extraction.estimate import ExtractPlan
     from apecache.extraction.report import ExtractReport
@@ -64,18 +66,33 @@ class WriteOptions(OptionGroup):
         bool,
         typer.Option(
             "--append",
-            help="Encode the rows that were added at the end of the source.",
-            rich_help_panel=STORE_PANEL,
+            hidden=True,
         ),
     ] = False
     recheck: Annotated[
         bool,
         typer.Option(
             "--recheck",
-            help="Read all inputs again and compare their hashes with the store.",
+            help="Hash all images again. Default: only those whose size or time has changed.",
             rich_help_panel=STORE_PANEL,
         ),
     ] = False
+    retry: Annotated[
+        bool,
+        typer.Option(
+            "--retry",
+            help="Try rows again that could not be encoded before.",
+            rich_help_panel=STORE_PANEL,
+        ),
+    ] = False
+    reuse: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORE",
+            help="Take features from another store where file or caption, and encoder, are equal.",
+            rich_help_panel=STORE_PANEL,
+        ),
+    ] = None
     part: Annotated[
         str | None,
         typer.Option(
@@ -162,19 +179,24 @@ def extract(
 ) -> None:
     """Encode images and captions once and store their features.
 
-    Each image is encoded once, however many captions it has. Interrupt at any time; run the same
-    command to resume. A complete store is left unchanged.
+    Only what the store lacks is encoded: the source may be sorted, edited, cut or extended between
+    two runs. Each image is encoded once, however many captions it has. Interrupt at any time; run
+    the same command to resume.
 
     Example: apecache extract pairs.tsv --store store --image timm:vit_small_patch14_dinov2.lvd142m
     --text hf:sentence-transformers/all-MiniLM-L6-v2
+
+    Example: apecache extract pairs.tsv --store store --model open_clip:ViT-B-32/laion2b_s34b_b79k
     """
     with ending():
         # Options and the source are checked before the imports of torch, which take seconds.
+        choice("--precision", encoders.precision, PRECISIONS)
         choice("--storage", write.storage, ("float16", "float32", "int8"))
         from apecache.data.sources import open_pairs
 
         cluster = ray_spec(ray)
         require_part(write.part)
+        refuse_append(write.append)
         source = open_pairs(pairs, source_options.spec(*roles(encoders)))
         spec = extract_spec(encoders, write, device)
         if dry_run:
@@ -183,15 +205,15 @@ def extract(
         # The bar is on standard error, so that --json leaves one object on standard output.
         with progress() as update, results_only(cluster):
             report = run_on(cluster)(source, store, spec, update)
-        show_extracted(report, source.fields, json)
+        show_extracted(report, source, json)
 
 
 def roles(encoders: EncoderOptions) -> "list[Role]":
     """Return what the source must have for these encoders."""
     required: list[Role] = []
-    if encoders.image:
+    if both_sides(encoders.model, encoders.image):
         required.append("image")
-    if encoders.text:
+    if both_sides(encoders.model, encoders.text):
         required.append("caption")
     return required
 
@@ -208,6 +230,18 @@ def require_part(part: str | None) -> None:
         parse_part(part)
 
 
+def refuse_append(append: bool) -> None:
+    """Refuse an option that is not needed any more.
+
+    Raises:
+        OptionError: It is given.
+    """
+    from apecache.errors import OptionError
+
+    if append:
+        raise OptionError("--append is not needed: extract encodes what is new; leave it out")
+
+
 def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> "ExtractSpec":
     """Return the settings of an extraction."""
     images = encoders.images()
@@ -219,6 +253,7 @@ def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> 
     keep_freed_memory()
     # `choice` has checked it; the type of the field is a Literal, which an option is not.
     storage_dtype: Any = write.storage
+    precision: Any = None if encoders.precision == "auto" else encoders.precision
     return ExtractSpec(
         image=images,
         text=texts,
@@ -230,11 +265,13 @@ def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> 
         max_bad=write.max_bad,
         device=device,
         add=write.add,
-        append=write.append,
         recheck=write.recheck,
+        retry=write.retry,
+        reuse=write.reuse,
         single_writer=write.single_writer,
         views=views,
         compiled=write.compiled,
+        precision=precision,
         part=parse_part(write.part) if write.part else WHOLE,
     )
 
@@ -271,11 +308,20 @@ def show_plan(
                 "arrays": [vars(array) for array in plan.arrays],
                 **sums,
                 "columns": columns_of_roles,
+                "skipped": dict(source.skipped),
             }
         )
         return
-    typer.echo(printable(str(source.fields)))
+    show_fields(source)
     show_plan_table(plan)
+
+
+def show_fields(source: "PairSource") -> None:
+    """Show which column of the source has which role, and what was left out of it."""
+    typer.echo(printable(str(source.fields)))
+    if source.skipped:
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in source.skipped.items())
+        typer.echo(printable(f"skipped: {skipped}"))
 
 
 def show_plan_table(plan: "ExtractPlan") -> None:
@@ -298,8 +344,8 @@ def show_plan_table(plan: "ExtractPlan") -> None:
         warn("the disk has too little free space for these features")
 
 
-def show_extracted(report: "ExtractReport", fields: "SourceFields", json: bool) -> None:
-    """Show what an extraction did, and which column of the source has which role."""
+def show_extracted(report: "ExtractReport", source: "PairSource", json: bool) -> None:
+    """Show what an extraction did, which column has which role, and what was left out."""
     for array in report.arrays:
         for example in array.examples:
             warn(f"{array.modality} {example}")
@@ -314,17 +360,24 @@ def show_extracted(report: "ExtractReport", fields: "SourceFields", json: bool) 
         warn(f"{counted(report.duplicates, 'image')} identical to an earlier image")
     if json:
         arrays = [vars(array) for array in report.arrays]
-        columns_of_roles = {**fields.taken, "unused": list(fields.unused)}
+        columns_of_roles = {**source.fields.taken, "unused": list(source.fields.unused)}
         show_json(
             {
                 **vars(report),
                 "arrays": arrays,
+                "measured": [measured.to_json() for measured in report.measured],
                 "nothing_to_do": report.nothing_to_do,
                 "columns": columns_of_roles,
+                "skipped": dict(source.skipped),
             }
         )
         return
-    typer.echo(printable(str(fields)))
+    show_fields(source)
+    for measured in report.measured:
+        typer.echo(
+            f"{measured.model}: {measured.model.dtype}, worst 1 - cosine to float32 "
+            f"{measured.error:.1e} on {counted(measured.n_rows, 'row')}"
+        )
     if report.nothing_to_do:
         typer.echo(f"nothing to do: {standing(report)}")
     else:

@@ -1,7 +1,7 @@
 """`apecache fit-head`, `apecache fit-encoder` and `apecache ensemble`."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ from .option_groups import (
     CompleteStore,
     Device,
     FitOptions,
+    ImagesFrom,
     Json,
     LedgerOptions,
     LiveRoot,
@@ -26,6 +27,7 @@ from .option_groups import (
     Overwrite,
     Resolution,
     Settings,
+    View,
     takes_groups,
 )
 from .runs import opener
@@ -33,6 +35,7 @@ from .terminal import choice, ending, show_json, show_table, warn
 
 if TYPE_CHECKING:
     from apecache.encoders.spec import EncoderSpec
+    from apecache.recipes.recipe import Recipe
     from apecache.train.encoder_data import FitEncoderSpec
     from apecache.train.fit_encoder import FitEncoderReport
     from apecache.train.fit_head import FitReport
@@ -73,6 +76,7 @@ def fit_head(
     fit: FitOptions,
     ledger: HeadLedgerOptions,
     set_: Settings = None,
+    view: View = None,
     keep: Annotated[
         Path | None,
         typer.Option(
@@ -118,8 +122,11 @@ def fit_head(
             keep=keep,
             extract_report=ledger.extract_report,
         )
-        with kept_run(out) as folder, epoch_display(ledger.tensorboard) as show:
-            features = FeatureStore.open(store)
+        with (
+            kept_run(out) as folder,
+            epoch_display(ledger, out, loaded) as show,
+        ):
+            features = FeatureStore.open(store, view)
             report = run(features, recipe=loaded, out=folder, spec=spec, progress=show)
         show_head_fit(report, out, json)
 
@@ -196,10 +203,11 @@ class TowerOptions(OptionGroup):
         str,
         typer.Option(
             metavar="TYPE",
-            help="Type of the computation: float32 or bfloat16.",
+            help="Type of the computation: float32, bfloat16, or auto: bfloat16 on CUDA, else "
+            "float32.",
             rich_help_panel=ADVANCED,
         ),
-    ] = "float32"
+    ] = "auto"
 
     def image_encoder(self) -> "EncoderSpec | None":
         """Return the image encoder; None for the store's."""
@@ -242,7 +250,9 @@ def fit_encoder(
     fit: FitOptions,
     ledger: LedgerOptions,
     root: LiveRoot = None,
+    source: ImagesFrom = None,
     set_: Settings = None,
+    view: View = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     json: Json = False,
@@ -264,7 +274,7 @@ def fit_encoder(
     --out run
     """
     with ending():
-        choice("--autocast", towers.autocast, ("float32", "bfloat16"))
+        choice("--autocast", towers.autocast, ("auto", "float32", "bfloat16"))
         from apecache.recipes.recipe import load_recipe
 
         loaded = load_recipe(recipe, set_ or ())
@@ -272,13 +282,15 @@ def fit_encoder(
         from apecache.store.reader import FeatureStore
         from apecache.train.fit_encoder import fit_encoder as run
 
-        with epoch_display(ledger.tensorboard) as show:
+        opened = FeatureStore.open(store, view)
+        open_image = opener(root, opened, source)
+        with epoch_display(ledger, str(out), loaded) as show:
             report = run(
-                FeatureStore.open(store),
+                opened,
                 recipe=loaded,
                 out=out,
                 spec=spec,
-                open_image=opener(root),
+                open_image=open_image,
                 progress=show,
             )
         # Every process of a torchrun has a report; one of them shows it.
@@ -395,22 +407,42 @@ def ensemble(
 
 
 @contextmanager
-def epoch_display(tensorboard: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Show every line of the history on the terminal, and write it for TensorBoard if asked.
+def epoch_display(
+    ledger: LedgerOptions,
+    out: str,
+    recipe: "Recipe",
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show every line of the history on the terminal, and log it where it was asked for.
+
+    Args:
+        ledger: The trackers.
+        out: The run folder, whose name is that of the run in a tracker.
+        recipe: The recipe, whose settings are logged.
 
     Yields:
         A function to call with every line of the history.
     """
-    if tensorboard is None:
+    trackers = list(ledger.track or ())
+    if ledger.tensorboard is not None:
+        trackers.append(f"tensorboard={ledger.tensorboard}")
+    if not trackers:
         yield show_epoch
         return
-    from apecache.train.tracking import log_to_tensorboard
+    from apecache.train.trackers import parse_tracker, track_fit
 
-    with log_to_tensorboard(tensorboard) as log:
+    for tracker in trackers:
+        parse_tracker(tracker)
+    name = out.rstrip("/").rpartition("/")[2]
+    with ExitStack() as stack:
+        logs = [
+            stack.enter_context(track_fit(tracker, name, recipe.model_dump(mode="json")))
+            for tracker in trackers
+        ]
 
         def show_and_log(line: dict[str, Any]) -> None:
             show_epoch(line)
-            log(line)
+            for log in logs:
+                log(line)
 
         yield show_and_log
 
@@ -420,4 +452,7 @@ def show_epoch(line: dict[str, Any]) -> None:
     loss = "untrained" if line["loss"] is None else f"loss {line['loss']:.4f}"
     dev = line["dev"]
     recall = f"dev mean recall {dev['mean_recall']:.1f} (chance {dev['chance']:.1f})"
+    if "map_at_r" in dev:
+        # The epoch is chosen by it, because few captions of the dev split differ.
+        recall = f"dev mAP@R {dev['map_at_r']:.1f} (chooses the epoch), {recall[4:]}"
     typer.echo(f"epoch {line['epoch']:3d}  {loss}  {recall}", err=True)

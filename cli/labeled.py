@@ -8,13 +8,13 @@ import typer
 
 from apecache.errors import counted
 
-from .option_groups import SourceOptions
+from .source_options import SourceOptions
 from .terminal import progress, show_table, warn
 
 if TYPE_CHECKING:
     from apecache.encoders.spec import EncoderSpec
     from apecache.evaluate.labeled import LabeledSpec
-    from apecache.evaluate.zeroshot import ZeroShotReport
+    from apecache.evaluate.zeroshot import ZeroShotReport, ZeroShotSpec
     from apecache.fingerprint import Modality
     from apecache.runs.load import Run
 
@@ -87,6 +87,7 @@ def zeroshot(
     class_names: Path | None,
     templates: str | None,
     template: list[str] | None,
+    baseline: str | None = None,
 ) -> dict[str, Any]:
     """Classify images by the names of classes.
 
@@ -96,6 +97,7 @@ def zeroshot(
         class_names: A file of class names, before those of the benchmark.
         templates: A file of prompts, or the name of a set.
         template: Prompts, in place of `templates`.
+        baseline: A ready-made model to measure beside the run.
 
     Returns:
         The JSON form of the report: accuracies in per cent.
@@ -120,25 +122,38 @@ def zeroshot(
     if class_names:
         names = read_class_names(class_names)
     prompts = tuple(template) if template else find_templates(templates, benchmark)
+    spec = ZeroShotSpec(images, templates=prompts, text=request.moved[1], names=names)
     with progress() as update:
-        report = zero_shot(
-            request.load(),
-            ZeroShotSpec(images, templates=prompts, text=request.moved[1], names=names),
-            update,
-        )
+        report = zero_shot(request.load(), spec, update)
     warn_of_labels(report)
+    result = {"task": "zeroshot", "split": request.split, **zeroshot_json(report)}
+    if baseline is not None:
+        result["baseline"] = {"name": baseline, **baseline_zeroshot(baseline, spec)}
+    return result
+
+
+def baseline_zeroshot(name: str, spec: "ZeroShotSpec") -> dict[str, Any]:
+    """Classify the same images by the same names and prompts with a ready-made model."""
+    from dataclasses import replace
+
+    from apecache.evaluate.baseline import load_baseline
+    from apecache.evaluate.zeroshot import zero_shot
+
+    heads = load_baseline(name, spec.images.device).heads()
+    # The encoders are its own, whatever has moved of the run's.
+    images = replace(spec.images, encoder=None)
+    with progress() as update:
+        return zeroshot_json(zero_shot(heads, replace(spec, images=images, text=None), update))
+
+
+def zeroshot_json(report: "ZeroShotReport") -> dict[str, Any]:
+    """Return a report as JSON, with intervals of the accuracies."""
     from apecache.metrics.statistics import accuracy_interval
 
     intervals = {
         name: accuracy_interval(getattr(report, name), report.n_images) for name in ("top1", "top5")
     }
-    return {
-        "task": "zeroshot",
-        "split": request.split,
-        **vars(report),
-        "left_out": asdict(report.left_out),
-        "intervals": intervals,
-    }
+    return {**vars(report), "left_out": asdict(report.left_out), "intervals": intervals}
 
 
 def warn_of_labels(report: "ZeroShotReport") -> None:
@@ -206,8 +221,16 @@ def show_zeroshot(run: str, result: dict[str, Any]) -> None:
     rows: list[tuple[object, ...]] = [
         (str(run), result["top1"], result["top5"], result["mean_per_class"]),
         ("95 % interval", span(intervals["top1"]), span(intervals["top5"]), ""),
-        ("chance", result["chance_top1"], result["chance_top5"], result["chance_top1"]),
     ]
+    if result.get("baseline"):
+        baseline = result["baseline"]
+        rows.append(
+            (baseline["name"], baseline["top1"], baseline["top5"], baseline["mean_per_class"])
+        )
+        ends = baseline["intervals"]
+        rows.append(("95 % interval", span(ends["top1"]), span(ends["top5"]), ""))
+    chance = (result["chance_top1"], result["chance_top5"], result["chance_top1"])
+    rows.append(("chance", *chance))
     show_table(title, ("", "top-1", "top-5", "mean per class"), rows)
     if result["confusions"]:
         show_table(

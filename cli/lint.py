@@ -17,6 +17,7 @@ from .option_groups import (
     Settings,
     TextFeatures,
     TrainSplit,
+    View,
     takes_groups,
 )
 from .runs import opener
@@ -50,6 +51,7 @@ def lint(
         str | None,
         typer.Option(metavar="STORE", help="Feature store. Adds checks of the data."),
     ] = None,
+    view: View = None,
     root: LiveRoot = None,
     report_split: ReportSplit = "test",
     json: Json = False,
@@ -58,8 +60,8 @@ def lint(
 
     Mistakes are, among others: parameters without gradient, closed gates, choosing on the reported
     split, pairs in two splits, fewer negatives than the batch size suggests. All options except
-    --store, --root and --report-split apply to recipes only. The exit code is 3 if there is an
-    error.
+    --store, --view, --root and --report-split apply to recipes only. The exit code is 3 if there is
+    an error.
 
     Example: apecache lint sail --store store
 
@@ -69,7 +71,7 @@ def lint(
         from apecache.store.reader import FeatureStore
         from apecache.train.lint.findings import require_sound
 
-        opened = FeatureStore.open(store) if store else None
+        opened = FeatureStore.open(store, view) if store else None
         if Path(target).is_dir():
             findings = _of_run(Path(target), store=opened, report_split=report_split, root=root)
         else:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from apecache.data.spec import OpenSpec, Role
     from apecache.train.batches import SplitSpec
 
 # Panels of the help. Options without a panel come first: the ones that most users need.
@@ -45,6 +44,14 @@ Overwrite = Annotated[
 ]
 
 Source = Annotated[str, typer.Argument(help=SOURCE)]
+View = Annotated[
+    str | None,
+    typer.Option(
+        "--view",
+        metavar="VIEW",
+        help="View of the store: its id or number in apecache views list. Default: the newest.",
+    ),
+]
 CompleteStore = Annotated[str, typer.Argument(help="A complete feature store.")]
 MaxBad = Annotated[
     float,
@@ -90,6 +97,15 @@ TextEncoders = Annotated[
         "--text",
         metavar="ENCODER",
         help="Text encoder: hf:ID, st:ID, open_clip:NAME/TAG or LIBRARY:/folder. Repeatable.",
+    ),
+]
+PairModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="ENCODER",
+        help="Image-text model (CLIP, SigLIP, …) as both encoders: hf:ID, open_clip:NAME/TAG, "
+        "st:ID or LIBRARY:/folder. Repeatable.",
     ),
 ]
 ImageCuts = Annotated[
@@ -142,6 +158,16 @@ MovedText = Annotated[
     ),
 ]
 
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="TRACKER",
+        help="Also log to wandb, trackio or mlflow (extras of these names), with =PROJECT if it "
+        "is not apecache; or tensorboard=FOLDER (extra: track). Repeatable.",
+        rich_help_panel=ADVANCED,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -219,7 +245,8 @@ LiveRoot = Annotated[
     typer.Option(
         "--root",
         metavar="FOLDER",
-        help="Folder of the images. Needed if the image tower is trained.",
+        help="Folder of the images, if the image tower is trained. Default: where they were at "
+        "extraction.",
     ),
 ]
 ImagesFrom = Annotated[
@@ -227,7 +254,7 @@ ImagesFrom = Annotated[
     typer.Option(
         "--source",
         metavar="SOURCE",
-        help="Source that was given to extract, if the images are not files in a folder.",
+        help="New location of the source that was given to extract. Default: where it was.",
         rich_help_panel=SOURCE_PANEL,
     ),
 ]
@@ -280,136 +307,6 @@ def _parameters_of(group: Any) -> Iterator[inspect.Parameter]:
             default=default,
             annotation=field.type,
         )
-
-
-def _source_option(*flags: str, metavar: str, help: str, panel: str = SOURCE_PANEL) -> Any:
-    return typer.Option(*flags, metavar=metavar, help=help, rich_help_panel=panel)
-
-
-SPLIT_COLUMN_HELP = "Column of the split. Default: split."
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceOptions(OptionGroup):
-    """Hold the options that say how a source of images and captions is opened."""
-
-    root: Annotated[
-        str | None,
-        _source_option(
-            "--root",
-            metavar="FOLDER",
-            help="Folder of the image paths, or s3://…. Default: the folder of the table.",
-        ),
-    ] = None
-    image_column: Annotated[
-        str | None,
-        _source_option(
-            "--image-column",
-            metavar="NAME",
-            help="Column of the images. Default: detected.",
-        ),
-    ] = None
-    caption_column: Annotated[
-        str | None,
-        _source_option(
-            "--caption-column",
-            metavar="NAME",
-            help="Column of the captions. Default: detected.",
-        ),
-    ] = None
-    split_column: Annotated[
-        str | None,
-        _source_option("--split-column", metavar="NAME", help=SPLIT_COLUMN_HELP),
-    ] = None
-    split_file: Annotated[
-        Path | None,
-        _source_option(
-            "--split-file",
-            metavar="PATH",
-            help="Splits as a TSV file of key and split, or a folder with train.txt, val.txt, ….",
-        ),
-    ] = None
-    split_fraction: Annotated[
-        str | None,
-        _source_option(
-            "--split-fraction",
-            metavar="SHARES",
-            help="Random splits, e.g. train=.9,val=.1. Copies of an image get the same split. "
-            "Add seed=N for a different split.",
-        ),
-    ] = None
-    no_restval: Annotated[
-        bool,
-        typer.Option(
-            "--no-restval",
-            help="Leave out the split restval of a Karpathy file. Default: part of train.",
-            rich_help_panel=ADVANCED,
-        ),
-    ] = False
-
-    def spec(self, *require: "Role") -> "OpenSpec":
-        """Return the OpenSpec of a source that must have these roles.
-
-        Raises:
-            OptionError: `--split-fraction` cannot be parsed.
-        """
-        from apecache.data.spec import OpenSpec
-        from apecache.data.splits import parse_fractions
-
-        fractions: tuple[tuple[str, float], ...] = ()
-        split_seed = 0
-        if self.split_fraction is not None:
-            shares, split_seed = split_seed_of(self.split_fraction)
-            fractions = parse_fractions(shares)
-        return OpenSpec(
-            root=self.root,
-            image_column=self.image_column,
-            caption_column=self.caption_column,
-            split_column=self.split_column,
-            split_file=self.split_file,
-            split_fraction=fractions,
-            split_seed=split_seed,
-            restval=not self.no_restval,
-            require=require,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitSourceOptions(SourceOptions):
-    """Hold the same options for commands in which `--split` has no other meaning."""
-
-    split_column: Annotated[
-        str | None,
-        _source_option("--split", "--split-column", metavar="NAME", help=SPLIT_COLUMN_HELP),
-    ] = None
-
-
-def split_seed_of(text: str) -> tuple[str, int]:
-    """Take `seed=N` out of the shares of `--split-fraction`.
-
-    Returns:
-        The shares without it, and the seed; 0 if it is not given.
-
-    Raises:
-        OptionError: The seed is not a whole number.
-    """
-    from apecache.errors import OptionError
-
-    shares = []
-    seed = "0"
-    n_seeds = 0
-    for entry in text.split(","):
-        name, _, value = entry.partition("=")
-        if name.strip() == "seed" and not n_seeds:
-            seed = value.strip()
-            n_seeds += 1
-        else:
-            shares.append(entry)
-    if not seed.isdecimal():
-        raise OptionError(
-            f"--split-fraction {text}: expected a whole number as seed, like train=.9,val=.1,seed=3"
-        )
-    return ",".join(shares), int(seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -470,3 +367,4 @@ class LedgerOptions(OptionGroup):
             rich_help_panel=ADVANCED,
         ),
     ] = None
+    track: Track = None

@@ -149,16 +149,23 @@ def plan(
             "it to compare recipes.",
         ),
     ],
-    image: Annotated[
-        str,
-        typer.Option(metavar="ENCODER", help="Image encoder. Its weights are not needed."),
-    ],
-    text: Annotated[
-        str,
-        typer.Option(metavar="ENCODER", help="Text encoder. Its weights are not needed."),
-    ],
     data: DataOptions,
     machine: MachineOptions,
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="ENCODER", help="Image encoder. Its weights are not needed."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="ENCODER", help="Text encoder. Its weights are not needed."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENCODER",
+            help="Image-text model (CLIP, SigLIP, …) as both encoders.",
+        ),
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -191,11 +198,29 @@ def plan(
                 f"--sample is for --device here, not for --device {machine.device}; leave it out"
             )
         device = find_device(machine.device)
-        encoders = PlanEncoders(image=image, text=text, teacher=teacher)
+        encoders = PlanEncoders(
+            image=_chosen(model, image, "--image"),
+            text=_chosen(model, text, "--text"),
+            teacher=teacher,
+        )
         plans = []
         for loaded_recipe in loaded:
             plans.append(_plan(loaded_recipe, encoders, data=data, spec=spec, device=device))
         _show_plans(plans, data.rows, json)
+
+
+def _chosen(model: str | None, side: str | None, option: str) -> str:
+    """Return the encoder of one side.
+
+    Raises:
+        OptionError: Neither `--model` nor the side's own option is given.
+    """
+    from apecache.errors import OptionError
+
+    name = side or model
+    if name is None:
+        raise OptionError(f"no encoder: give {option}, or --model for both sides")
+    return name
 
 
 def _plan_spec(data: DataOptions, machine: MachineOptions) -> "PlanSpec":
@@ -335,6 +360,9 @@ def _compare(plans: "list[Plan]", rows: int) -> None:
             )
         )
     show_table(f"{counted(rows, 'image')} on {_device(plans[0])}", columns, lines)
+    for plan in plans:
+        for line in _memory_lines(plan):
+            typer.echo(line)
     uncounted = [plan.recipe for plan in plans if not plan.teacher_is_counted]
     if uncounted:
         typer.echo(f"{', '.join(uncounted)}: {UNCOUNTED_TEACHER}")
@@ -382,6 +410,8 @@ def _show(plan: "Plan", rows: int) -> None:
         cache = _bytes(plan.cache_bytes) if name == "as planned" else "none"
         memory = _bytes(cost.peak_bytes)
         lines.append((name, cache, *_flops(cost), memory, *_time(cost)))
+    for line in _memory_lines(plan):
+        typer.echo(line)
     if plan.teacher_bytes:
         typer.echo(
             f"teacher: {_bytes(plan.teacher_bytes)} of features, computed once, then read from "
@@ -392,7 +422,28 @@ def _show(plan: "Plan", rows: int) -> None:
     steps = (
         f"{counted(rows, 'image')}, {counted(plan.n_steps, 'step')} of {plan.batch_size:,} pairs"
     )
+    by_epoch = plan.steps_by_epoch
+    if by_epoch["images"] != by_epoch["pairs"]:
+        typer.echo(
+            f"steps: {by_epoch['pairs']:,} if an epoch counts pairs, {by_epoch['images']:,} if it "
+            f"counts images; this recipe takes {plan.n_steps:,} (schedule.epoch)"
+        )
     show_table(f"{plan.path}: {steps} on {_device(plan)}", columns, lines)
+
+
+def _memory_lines(plan: "Plan") -> list[str]:
+    """Say where the planned training does not fit into the device, and what would."""
+    if plan.fitting_slice is None or plan.device.memory_bytes is None:
+        return []
+    problem = (
+        f"{plan.recipe}: the peak memory of {_bytes(plan.planned.peak_bytes)} is beyond the "
+        f"{_bytes(plan.device.memory_bytes)} of {plan.device.name}"
+    )
+    if plan.path == "fit-head":
+        return [f"{problem}; lower schedule.batch_size"]
+    if plan.fitting_slice:
+        return [f"{problem}; --slice {plan.fitting_slice} fits"]
+    return [f"{problem}, and no --slice fits; choose a larger device"]
 
 
 def _device(plan: "Plan") -> str:

@@ -12,12 +12,14 @@ from .option_groups import (
     Json,
     OptionGroup,
     Root,
+    View,
     takes_groups,
 )
 from .terminal import command_line, ending, show_json
 
 if TYPE_CHECKING:
     from apecache.data.media import Media
+    from apecache.store.reader import FeatureStore
 
 PAGE = "Page"
 
@@ -30,6 +32,7 @@ class PageOptions(OptionGroup):
         str | None,
         typer.Option(metavar="STORE", help="Feature store. Adds measurements and pictures."),
     ] = None
+    view: View = None
     split: Annotated[
         str | None,
         typer.Option(
@@ -39,6 +42,14 @@ class PageOptions(OptionGroup):
     ] = None
     root: Root = None
     source: ImagesFrom = None
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENCODER",
+            help="Also measure a ready-made model: open_clip:NAME/TAG, or hf:ID of a CLIP or "
+            "SigLIP.",
+        ),
+    ] = None
     title: Annotated[str, typer.Option(help="Heading of the page.", rich_help_panel=PAGE)] = ""
     items: Annotated[
         int, typer.Option(min=1, help="Queries in each gallery.", rich_help_panel=PAGE)
@@ -124,43 +135,53 @@ def runs_page(runs: list[Path], out: Path, options: PageOptions, device: str) ->
     from apecache.errors import OptionError
     from apecache.report.report_page import ReportSpec, report_page
 
-    if options.store is None and (options.split or options.root or options.source):
-        raise OptionError("--split, --root and --source need --store; give --store STORE too")
+    needs_store = (options.split, options.root, options.source, options.baseline)
+    if options.store is None and any(needs_store):
+        raise OptionError(
+            "--split, --root, --source and --baseline need --store; give --store STORE too"
+        )
     opened = None
     if options.store is not None:
         from apecache.store.reader import FeatureStore
 
-        opened = FeatureStore.open(options.store)
+        opened = FeatureStore.open(options.store, options.view)
     spec = ReportSpec(
         opened,
         split=options.split,
-        media=media_of(options.root, options.source),
+        media=media_of(options.root, options.source, opened),
         title=options.title,
         command=command_line(),
         n_items=options.items,
         device=device,
+        baseline=options.baseline,
     )
     return report_page(runs, out, spec)
 
 
-def media_of(root: str | None, source: str | None) -> "Media | None":
+def media_of(
+    root: str | None,
+    source: str | None,
+    store: "FeatureStore | None" = None,
+) -> "Media | None":
     """Return where the images are; None if neither option is given.
+
+    Args:
+        root: Folder of the images.
+        source: Source that the images come with.
+        store: Store that recorded how the source was opened.
 
     Raises:
         OptionError: Both are given, or `root` is not a folder.
     """
-    from apecache.data.media import media_below
+    from apecache.data.recorded import recorded_media
     from apecache.errors import OptionError
     from apecache.storage.bucket import is_object_url
 
     if root is not None and source is not None:
         raise OptionError("--root and --source exclude each other: leave one out")
-    if root is not None:
-        if not is_object_url(root) and not Path(root).is_dir():
-            raise OptionError(f"--root {root}: expected a folder, found none; give another path")
-        return media_below(root)
-    if source is None:
+    if root is not None and not is_object_url(root) and not Path(root).is_dir():
+        raise OptionError(f"--root {root}: expected a folder, found none; give another path")
+    if root is None and source is None:
         return None
-    from apecache.data.sources import open_pairs
-
-    return open_pairs(source).media
+    record = {} if store is None else store.last_source
+    return recorded_media(record, root=root, source=source)

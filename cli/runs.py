@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from apecache.encoders.spec import EncoderSpec
+    from apecache.store.reader import FeatureStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,21 +35,45 @@ def moved_encoders(
 
     None for an encoder without a new name: the run's own record holds for it.
     """
-    if image is None and text is None:
+    # The file of apecache.runs.bundle, which would import torch here.
+    is_bundle = (run / "bundle.json").is_file()
+    if image is None and text is None and not is_bundle:
         return None, None
+    from apecache.runs.bundle import bundled_encoders
     from apecache.runs.load import recorded_encoder
 
-    moved_image = recorded_encoder(run, "image").with_name(image) if image else None
-    moved_text = recorded_encoder(run, "text").with_name(text) if text else None
+    bundled_image, bundled_text = bundled_encoders(run)
+
+    moved_image = recorded_encoder(run, "image").with_name(image) if image else bundled_image
+    moved_text = recorded_encoder(run, "text").with_name(text) if text else bundled_text
     return moved_image, moved_text
 
 
-def opener(root: str | None) -> "Callable[[str], Image.Image] | None":
-    """Return a function that reads the image of a key below `root`; None without a root."""
-    if root is None:
-        return None
-    from apecache.data.images import load_image
-    from apecache.data.media import media_below
+def opener(
+    root: str | None,
+    store: "FeatureStore | None" = None,
+    source: str | None = None,
+) -> "Callable[[str], Image.Image] | None":
+    """Return a function that reads the image of a key; None if nothing says where the images are.
 
-    media = media_below(root)
-    return lambda key: load_image(key, media).image
+    Args:
+        root: Folder of the images.
+        store: Store whose record says where they are otherwise.
+        source: Source that the images come with.
+
+    Raises:
+        OptionError: Both `root` and `source` are given.
+    """
+    from apecache.errors import OptionError
+
+    if root is not None and source is not None:
+        raise OptionError("--root and --source exclude each other: leave one out")
+    if root is None and source is None and store is None:
+        return None
+    from apecache.data.recorded import RecordedImages
+
+    return RecordedImages(
+        None if store is None else store.last_source,
+        root=root,
+        source=source,
+    )

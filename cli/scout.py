@@ -7,19 +7,20 @@ import typer
 
 from apecache.errors import counted
 
-from .encoders import encoder_specs
+from .encoders import both_sides, encoder_specs
 from .option_groups import (
     ADVANCED,
     Device,
     ImageCuts,
     ImageEncoders,
     Json,
+    PairModels,
     Source,
-    SourceOptions,
     TextCuts,
     TextEncoders,
     takes_groups,
 )
+from .source_options import SourceOptions
 from .terminal import ending, show_json, show_table, warn
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
 @takes_groups
 def scout(
     pairs: Source,
-    image: ImageEncoders,
-    text: TextEncoders,
     source_options: SourceOptions,
+    image: ImageEncoders = None,
+    text: TextEncoders = None,
+    model: PairModels = None,
     image_cut: ImageCuts = None,
     text_cut: TextCuts = None,
     split: Annotated[
@@ -68,8 +70,18 @@ def scout(
 
         # The source is checked before the import of torch below.
         source = open_pairs(pairs, source_options.spec("image", "caption"))
-        images = encoder_specs(image, modality="image", cuts=image_cut, dtype="float32")
-        texts = encoder_specs(text, modality="text", cuts=text_cut, dtype="float32")
+        images = encoder_specs(
+            both_sides(model, image),
+            modality="image",
+            cuts=image_cut,
+            dtype="float32",
+        )
+        texts = encoder_specs(
+            both_sides(model, text),
+            modality="text",
+            cuts=text_cut,
+            dtype="float32",
+        )
         from apecache.evaluate.scout import ScoutSpec, of_split
         from apecache.evaluate.scout import scout as run
 

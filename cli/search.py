@@ -15,10 +15,11 @@ from .option_groups import (
     LiveRoot,
     OptionGroup,
     Overwrite,
+    View,
     takes_groups,
 )
 from .runs import MovedEncoders, opener
-from .terminal import choice, ending, printable, show_json, show_table
+from .terminal import choice, ending, printable, show_json, show_table, warn
 
 if TYPE_CHECKING:
     from apecache.search.index import IndexReport
@@ -43,14 +44,23 @@ def index(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="Type of the index: flat (exact; the default), ivf, hnsw, or a FAISS factory "
-            "string such as IVF256,PQ32.",
+            help="Type of the index: flat (exact; the default), ivf, hnsw, int8, binary, or a "
+            "FAISS factory string such as IVF256,PQ32.",
+        ),
+    ] = None,
+    dim: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Keep the first N values of each embedding. For runs of loss.matryoshka.",
         ),
     ] = None,
     update: Annotated[
         bool,
         typer.Option("--update", help="Add and remove what has changed in the store."),
     ] = False,
+    view: View = None,
     root: LiveRoot = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -66,25 +76,64 @@ def index(
     """
     with ending():
         require_one_way(update, overwrite)
+        require_trained_width(run, dim)
         if update:
-            report = update_by(run, store=store, out=out, root=root, split=split, kind=kind)
+            require_no_dim(dim)
+            report = update_by(
+                run,
+                store=store,
+                view=view,
+                out=out,
+                root=root,
+                split=split,
+                kind=kind,
+            )
         else:
             from apecache.search.index import build_index
             from apecache.store.reader import FeatureStore
 
+            opened = FeatureStore.open(store, view)
             report = build_index(
                 run,
-                store=FeatureStore.open(store),
+                store=opened,
                 out=out,
                 split=split,
                 overwrite=overwrite,
                 kind=kind or "flat",
-                open_image=opener(root),
+                open_image=opener(root, opened),
+                dim=dim,
             )
         if json:
             show_json(report)
         else:
             show_index(report, update)
+
+
+def require_no_dim(dim: int | None) -> None:
+    """Refuse another width with --update.
+
+    Raises:
+        OptionError: --dim is given.
+    """
+    from apecache.errors import OptionError
+
+    if dim is not None:
+        raise OptionError("--dim has no effect on --update, which keeps the width; leave it out")
+
+
+def require_trained_width(run: Path, dim: int | None) -> None:
+    """Warn if the run was not trained for embeddings of this width."""
+    if dim is None:
+        return
+    from apecache.runs.load import recorded_training
+
+    recipe = recorded_training(run).get("recipe") or {}
+    widths = (recipe.get("loss") or {}).get("matryoshka") or ()
+    if dim not in widths:
+        warn(
+            f"the first {dim} values were not trained as an embedding (loss.matryoshka is "
+            f"{list(widths)}); the recall below says what that costs"
+        )
 
 
 def require_one_way(update: bool, overwrite: bool) -> None:
@@ -105,6 +154,7 @@ def require_one_way(update: bool, overwrite: bool) -> None:
 def update_by(
     run: Path,
     store: str,
+    view: str | None,
     out: Path,
     root: str | None,
     split: str | None,
@@ -115,11 +165,12 @@ def update_by(
     from apecache.store.reader import FeatureStore
 
     require_same(read_description(out), split, kind)
+    opened = FeatureStore.open(store, view)
     return update_index(
         run,
-        store=FeatureStore.open(store),
+        store=opened,
         out=out,
-        open_image=opener(root),
+        open_image=opener(root, opened),
     )
 
 
@@ -250,6 +301,22 @@ def search(
             help="Rank by CSLS, which moves hubs down. The scores are then not cosines.",
         ),
     ] = False,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONDITIONS",
+            help='Only rows that meet conditions: "split=val and label=dog". Fields: key, '
+            "caption, split, label, language. Operators: =, != and ~ (with * and ?).",
+        ),
+    ] = None,
+    min_score: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCORE",
+            help="Only results that score as high: a number, or auto for the score that chance "
+            "reaches in 5 % of queries without an answer.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Search an index by words or by an image.
@@ -269,7 +336,16 @@ def search(
         search_query = terms.query(query)
         # `choice` has checked it; the type of the argument is a Literal, which an option is not.
         aim: Any = target
-        hits = open_options.open(index).find(search_query, k, aim, csls)
+        opened = open_options.open(index)
+        threshold = opened.nothing_found(aim or opened.target_of(search_query))
+        hits = opened.find(
+            search_query,
+            k=k,
+            target=aim,
+            csls=csls,
+            where=where,
+            min_score=least_score(min_score, threshold),
+        )
         score = "CSLS" if csls else "cosine"
         if json:
             show_json(
@@ -279,12 +355,47 @@ def search(
                     "unlike": search_query.unlike,
                     "keys": search_query.keys,
                     "score": score,
+                    "nothing_found": threshold,
                     "hits": [vars(hit) for hit in hits],
                 }
             )
         else:
             rows = [(hit.rank, f"{hit.score:.3f}", hit.key, hit.caption) for hit in hits]
             show_table(printable(title_of(search_query)), ("", score, "image", "caption"), rows)
+            if not hits:
+                typer.echo("nothing found")
+            elif threshold is not None and not csls and hits[0].score < threshold:
+                typer.echo(
+                    f"The best result scores below {threshold:.3f}, as chance does in 95 % of "
+                    "queries without an answer: perhaps the index has none."
+                )
+
+
+def least_score(text: str | None, threshold: float | None) -> float | None:
+    """Return the lowest score of a result; None for no limit.
+
+    Args:
+        text: The option: a number, or `auto`.
+        threshold: What the index measured.
+
+    Raises:
+        OptionError: Not a number, or `auto` for an index that measured nothing.
+    """
+    from apecache.errors import OptionError
+
+    if text is None:
+        return None
+    if text == "auto":
+        if threshold is None:
+            raise OptionError(
+                "--min-score auto: the index has no measured score (too few rows, or built before "
+                "there was one); give a number, or build it again"
+            )
+        return threshold
+    try:
+        return float(text)
+    except ValueError:
+        raise OptionError(f"--min-score {text}: expected a number or auto") from None
 
 
 def title_of(query: "Query") -> str:

@@ -1,5 +1,4 @@
-"""Commands on a store: `apecache info`, `verify`, `repair`, `remove`, `copy`, `export` and
-`upgrade`."""
+"""Define the commands on a store, from `apecache info` to `apecache upgrade`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +13,10 @@ from .option_groups import (
     MovedImage,
     MovedText,
     SingleWriter,
-    SplitSourceOptions,
+    View,
     takes_groups,
 )
+from .source_options import SplitSourceOptions
 from .terminal import complain, ending, progress, show_json, show_table
 
 if TYPE_CHECKING:
@@ -24,20 +24,42 @@ if TYPE_CHECKING:
     from apecache.data.spec import OpenSpec
     from apecache.errors import ApecacheError
     from apecache.store.array import FeatureArray
+    from apecache.store.reader import FeatureStore
     from apecache.store.verify import VerifyReport
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""Characters that begin a formula in a spreadsheet."""
 Store = Annotated[str, typer.Argument(help="A feature store: a folder, s3://…, gs://… or az://….")]
 
 
-def info(store: Store, json: Json = False) -> None:
-    """Show the contents of a store: splits, features, encoders and progress.
+def info(
+    store: Store,
+    view: View = None,
+    bad: Annotated[
+        bool,
+        typer.Option("--bad", help="List the rows that could not be encoded, and why."),
+    ] = False,
+    csv: Annotated[
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="With --bad: write the list as a CSV file."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show the contents of a store: splits, features, encoders, views and progress.
 
     Example: apecache info store
     """
     with ending():
+        from apecache.errors import OptionError
         from apecache.store.reader import FeatureStore
+        from apecache.store.views import view_ids
 
-        opened = FeatureStore.open(store)
+        if csv is not None and not bad:
+            raise OptionError("--csv needs --bad")
+        opened = FeatureStore.open(store, view)
+        if bad:
+            show_bad(opened, csv, json)
+            return
         pairs = opened.pairs
         arrays = [describe(array) for array in opened.arrays()]
         totals = {
@@ -50,6 +72,8 @@ def info(store: Store, json: Json = False) -> None:
                 "store": str(store),
                 "origin": opened.source["origin"],
                 "segments": 1 + len(opened.segments),
+                "view": opened.view.record.view if opened.view else None,
+                "views": view_ids(opened.files),
             }
             show_json({**origin, **totals, "arrays": arrays})
             return
@@ -61,6 +85,9 @@ def info(store: Store, json: Json = False) -> None:
             f"{counted(len(pairs.captions), 'caption')}; images "
             f"by split: {splits}"
         )
+        if opened.view is not None:
+            n_views = len(view_ids(opened.files))
+            typer.echo(f"view {opened.view.record.view} of {n_views}; all: apecache views list")
         columns = (
             "modality",
             "features",
@@ -73,6 +100,36 @@ def info(store: Store, json: Json = False) -> None:
             "MB",
         )
         show_table("features", columns, map(info_row, arrays))
+
+
+def show_bad(opened: "FeatureStore", csv: Path | None, json: bool) -> None:
+    """Show the rows that could not be encoded, or write them to a CSV file."""
+    rows: list[dict[str, Any]] = []
+    for array in opened.arrays():
+        for row in array.quarantined():
+            rows.append({"modality": array.record.modality, "features": array.name, **row})
+    names = ("modality", "features", "row", "key", "reason", "detail")
+    if csv is not None:
+        write_csv(csv, names, rows)
+        typer.echo(f"{csv}: {counted(len(rows), 'row')}")
+    elif json:
+        show_json({"store": str(opened.path), "bad": rows})
+    elif not rows:
+        typer.echo(f"{opened.path}: every row was encoded")
+    else:
+        show_table("unreadable", names, [tuple(row[name] for name in names) for row in rows])
+
+
+def write_csv(path: Path, names: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    """Write rows as CSV; a cell that a spreadsheet would run as a formula gets a quote before."""
+    from csv import writer
+
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = writer(file)
+        table.writerow(names)
+        for row in rows:
+            cells = [str(row[name]) for name in names]
+            table.writerow([f"'{cell}" if cell[:1] in FORMULA else cell for cell in cells])
 
 
 def info_row(array: dict[str, Any]) -> tuple[Any, ...]:
@@ -240,8 +297,15 @@ def source_of(store: str, pairs: str | None, spec: "OpenSpec") -> "PairSource":
     """
     from dataclasses import replace
 
-    from apecache.data.media import FolderMedia, ObjectMedia, media_below
+    from apecache.data.media import (
+        FolderMedia,
+        ObjectMedia,
+        base_media,
+        media_below,
+        moved_media,
+    )
     from apecache.data.sources import open_pairs
+    from apecache.data.spec import recorded_options, spec_of_options
     from apecache.errors import DamagedError, StoreError
     from apecache.storage.open import open_files
     from apecache.store.layout import SOURCE
@@ -258,11 +322,16 @@ def source_of(store: str, pairs: str | None, spec: "OpenSpec") -> "PairSource":
         raise StoreError(
             f"{store} has no readable record of its source; give it with --pairs SOURCE"
         ) from None
+    # The recorded options hold; those that are given come before them.
+    spec_given = recorded_options(spec)
+    options = {**record.get("options", {}), **spec_given}
+    spec = replace(spec_of_options(options), require=spec.require)
     source = open_pairs(record["origin"], spec)
     # Images in tars or in the table itself come with the source; only paths have a root.
-    has_root = isinstance(source.media, FolderMedia | ObjectMedia)
-    if spec.root is None and has_root:
-        return replace(source, media=media_below(record["root"]))
+    has_root = isinstance(base_media(source.media), FolderMedia | ObjectMedia)
+    if "root" not in spec_given and has_root:
+        base = media_below(record["root"], spec.allow_root)
+        return replace(source, media=moved_media(source.media, base))
     return source
 
 
@@ -333,9 +402,10 @@ def export(
         bool,
         typer.Option("--parquet", help="Write images.parquet and texts.parquet."),
     ] = False,
+    view: View = None,
     json: Json = False,
 ) -> None:
-    """Export the pairs and features of a store as plain files.
+    """Export the pairs and features of a view of a store as plain files.
 
     Give exactly one of --npz and --parquet.
 
@@ -351,7 +421,7 @@ def export(
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise DataError(f"{out} exists already and is not overwritten; give another path")
         export_files = export_npz if npz else export_parquet
-        names = export_files(FeatureStore.open(store), out)
+        names = export_files(FeatureStore.open(store, view), out)
         if json:
             show_json({"store": str(store), "out": str(out), "wrote": names})
         else:
@@ -367,7 +437,8 @@ def upgrade(
 ) -> None:
     """Write a store of an older format as a new store in the newest format.
 
-    The old store is not changed. There is only one format so far.
+    The old store is not changed. So far nothing needs conversion: a store without views gets them
+    when its table changes.
 
     Example: apecache upgrade store --out store-new
     """
@@ -379,5 +450,5 @@ def upgrade(
             show_json({"store": str(store), "out": str(out), "written": written})
         else:
             typer.echo(
-                f"{out} written" if written else f"nothing to do: {store} has the newest format"
+                f"{out} written" if written else f"nothing to do: {store} needs no conversion"
             )

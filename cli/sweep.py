@@ -1,5 +1,7 @@
 """`apecache sweep`."""
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +18,12 @@ from .option_groups import (
     Json,
     OptionGroup,
     Ray,
+    Track,
     takes_groups,
 )
 from .terminal import choice, ending, show_json, show_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from apecache.cluster.pool import RaySpec
     from apecache.sweeps.halving import SweepSpec
     from apecache.sweeps.run import SweepReport
@@ -127,6 +128,7 @@ def sweep(
     search: SearchOptions,
     fit: FitOptions,
     ray: Ray = None,
+    track: Track = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -147,13 +149,13 @@ def sweep(
         from apecache.store.reader import FeatureStore
 
         spec = sweep_spec(search, fit, device)
-        with results_only(cluster):
+        with results_only(cluster), trial_display(track, out) as show:
             report = run_on(cluster)(
                 FeatureStore.open(store),
                 space=loaded,
                 out=out,
                 spec=spec,
-                progress=show_trial,
+                progress=show,
             )
         show_sweep(report, json)
 
@@ -225,6 +227,31 @@ def run_on(cluster: "RaySpec | None") -> "Callable[..., SweepReport]":
     from apecache.cluster.sweep import sweep_on_ray
 
     return partial(sweep_on_ray, cluster=cluster)
+
+
+@contextmanager
+def trial_display(trackers: list[str] | None, out: Path) -> Iterator["Callable[[Trial], None]"]:
+    """Show every trial on the terminal, and log it where it was asked for.
+
+    Yields:
+        A function to call with every trial that ends.
+    """
+    if not trackers:
+        yield show_trial
+        return
+    from apecache.train.trackers import track_sweep
+
+    with ExitStack() as stack:
+        logs = [stack.enter_context(track_sweep(tracker, out.name)) for tracker in trackers]
+
+        def show_and_log(trial: "Trial") -> None:
+            show_trial(trial)
+            if trial.mean is not None:
+                figures = {"dev/mean_recall": trial.mean, "epochs": float(trial.epochs)}
+                for log in logs:
+                    log(trial.number, figures)
+
+        yield show_and_log
 
 
 def show_trial(trial: "Trial") -> None:

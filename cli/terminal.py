@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
@@ -17,12 +17,29 @@ from .system_errors import explain
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from apecache.extraction.report import ExtractionState
-
 FAILURE = 1
 INTERRUPTED = 130
 PLAIN_WIDTH = 160
 """Columns of tables that go to a file or a pipe."""
+
+
+class RowsState(Protocol):
+    """Say how far a command is with the rows of one stage."""
+
+    @property
+    def modality(self) -> str: ...
+
+    @property
+    def done(self) -> int: ...
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def n_bad(self) -> int: ...
+
+    @property
+    def n_bytes(self) -> int: ...
 
 
 @contextmanager
@@ -165,16 +182,16 @@ def printable(text: str) -> str:
 class _Rate:
     """Say of one stage: rows a second since it began, bytes written, rows that are unreadable."""
 
-    def __init__(self, first: "ExtractionState") -> None:
+    def __init__(self, first: RowsState) -> None:
         self.began = time.monotonic()
         self.first = first.done
 
-    def per_second(self, standing: "ExtractionState") -> float:
+    def per_second(self, standing: RowsState) -> float:
         """Return rows a second of this run; rows of an earlier run do not count."""
         seconds = max(time.monotonic() - self.began, 1e-9)
         return float((standing.done - self.first) / seconds)
 
-    def text(self, standing: "ExtractionState") -> str:
+    def text(self, standing: RowsState) -> str:
         size = f", {standing.n_bytes / 1e9:.3f} GB" if standing.n_bytes else ""
         bad = f", {standing.n_bad:,} unreadable" if standing.n_bad else ""
         return f"{self.per_second(standing):.1f}/s{size}{bad}"
@@ -186,9 +203,9 @@ class _Lines:
     def __init__(self) -> None:
         self.rates: dict[str, _Rate] = {}
         self.shown = 0.0
-        self.last: ExtractionState | None = None
+        self.last: RowsState | None = None
 
-    def __call__(self, standing: "ExtractionState") -> None:
+    def __call__(self, standing: RowsState) -> None:
         if standing.modality not in self.rates:
             self.end()
             self.rates[standing.modality] = _Rate(standing)
@@ -203,7 +220,7 @@ class _Lines:
         if self.last is not None:
             self._show(self.last)
 
-    def _show(self, standing: "ExtractionState") -> None:
+    def _show(self, standing: RowsState) -> None:
         self.shown = time.monotonic()
         self.last = None
         rate = self.rates[standing.modality]
@@ -217,11 +234,11 @@ class _Lines:
 
 
 @contextmanager
-def progress() -> "Iterator[Callable[[ExtractionState], None]]":
+def progress() -> "Iterator[Callable[[RowsState], None]]":
     """Show progress with rate and time left on standard error: a bar on a terminal, else lines.
 
     Yields:
-        A function to call with every `ExtractionState` of an extraction.
+        A function to call with every state of an extraction or an import.
     """
     if not sys.stderr.isatty():
         lines = _Lines()
@@ -241,7 +258,7 @@ def progress() -> "Iterator[Callable[[ExtractionState], None]]":
     with rich_progress.Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, tuple[TaskID, _Rate]] = {}
 
-        def update(standing: "ExtractionState") -> None:
+        def update(standing: RowsState) -> None:
             if standing.modality not in tasks:
                 task = bar.add_task(
                     standing.modality,

@@ -39,8 +39,8 @@ RECIPE_SECTIONS = (
     ("Top level", "recipes/recipe.py", "Recipe"),
     ("`[image]` and `[text]`", "heads/head.py", "HeadSpec"),
     ("`[loss]`", "losses/spec.py", "LossSpec"),
-    ("`[optimizer]`", "recipes/recipe.py", "OptimizerSpec"),
-    ("`[schedule]`", "recipes/recipe.py", "ScheduleSpec"),
+    ("`[optimizer]`", "recipes/schedule.py", "OptimizerSpec"),
+    ("`[schedule]`", "recipes/schedule.py", "ScheduleSpec"),
     ("`[augmentation]`", "recipes/recipe.py", "AugmentationSpec"),
     ("`[augmentation.image]`", "recipes/recipe.py", "ImageAugmentationSpec"),
     ("`[closed_form]`", "recipes/recipe.py", "ClosedFormSpec"),
@@ -58,11 +58,11 @@ LAWS_INTRODUCTION = """# Claims of the papers
 `benchmarks/laws` holds claims of four papers as TOML files: the recipes that a paper compares, the
 published figures, and the smallest difference that counts. Each recipe is trained with several
 seeds. A claim is called held, broken or not decided by a paired 95 % interval over seeds and
-images.
+images, or not testable where its arms have hardly learnt or did not train alike.
 
-The results were measured on Flickr8k with small towers and few steps. Recalls are 1 to 6 %. Those
-of the papers are 20 to 75 %. The results say what holds at this size. They do not say that the
-papers are wrong.
+The committed runs were made on Flickr8k with small towers and 80 steps. Recalls are 1 to 6 %. Those
+of the papers are 20 to 75 %. At this size no claim about recalls is testable. Only counts of
+parameters and operations are decided.
 
 From a checkout:
 

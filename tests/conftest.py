@@ -248,7 +248,7 @@ def grown_once(
     table = make_shapes(folder / "shapes", copies=2)
     head, *lines = table.read_text().splitlines()
     lines = lines[::2]
-    lines[3] = lines[3].replace("a green circle", "")
+    lines[3] = lines[3].replace("a green circle", " ")
     (table.parent / "images" / "green-square-0.png").write_bytes(b"<html>")
     (table.parent / "images" / "red-square-1.png").unlink()
     for count in (12, 16):
@@ -259,7 +259,6 @@ def grown_once(
             image=tiny_image_encoder,
             text=tiny_text_encoder,
             max_bad=1.0,
-            append=True,
         )
     return Grown(table, folder / "store")
 
@@ -289,3 +288,18 @@ def bucket(s3_server, monkeypatch: pytest.MonkeyPatch) -> str:  # type: ignore[n
     monkeypatch.setenv("APECACHE_RETRY_SECONDS", "20")
     monkeypatch.setenv("APECACHE_REQUEST_SECONDS", "5")
     return s3_server.new_bucket()
+
+
+@pytest.fixture
+def images_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the images were no longer where the store recorded them; `--root` still works."""
+    from apecache.data import recorded
+    from apecache.data.media import NoMedia
+
+    original = recorded.recorded_media
+
+    def forgotten(record: Any, root: Any = None, source: Any = None) -> Any:
+        is_given = root is not None or source is not None
+        return original(record, root=root, source=source) if is_given else NoMedia()
+
+    monkeypatch.setattr(recorded, "recorded_media", forgotten)

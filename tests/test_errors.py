@@ -129,8 +129,12 @@ def test_only_something_new_or_an_empty_folder_is_written_to(tmp_path: Path) -> 
             match=rf"^run {re.escape(str(taken))} exists already; choose .*--overwrite$",
         ):
             require_new(taken, "run")
-        with pytest.raises(
-            RunError,
-            match=rf"^{re.escape(str(taken))} exists and is no run, so it is not overwritten",
-        ):
-            require_new(taken, "run", overwrite=True)
+        require_new(taken, "run", overwrite=True)
+        for overwrite in (False, True):
+            # `--overwrite` is not advised where it would be refused.
+            with pytest.raises(
+                RunError,
+                match=rf"^{re.escape(str(taken))} holds other files than those of one run, so it is "
+                "not overwritten; choose another --out$",
+            ):
+                require_new(taken, "run", overwrite=overwrite, holds_another=False)

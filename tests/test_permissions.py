@@ -22,7 +22,7 @@ from apecache.runs.ledger import LEDGER, load_ledger, read_extraction
 from apecache.search.faiss_index import open_vectors
 from apecache.search.index import read_description as read_index
 from apecache.search.index import read_rows
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.sweeps.run import DESCRIBED
 
 ARRAYS: Any = ()

@@ -11,7 +11,7 @@ from torch import Tensor
 from apecache.heads.head import embed
 from apecache.recipes.recipe import Recipe
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training, seeded
+from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model
 from apecache.train.loop import run_training
 from apecache.train.model import AlignmentModel
@@ -91,7 +91,7 @@ def fit_in_memory(
     """
     begin = time.perf_counter()
     model, _ = initial_model(recipe, train=train, dev=dev, seed=seed)
-    training = Training(model, recipe, seed)
+    training = HeadFit(model, recipe, seed)
     # As in fit_head, so that the same fit gives the same weights.
     with seeded(seed + 1, train.place):
         run_training(

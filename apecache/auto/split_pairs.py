@@ -11,8 +11,8 @@ from apecache.store.equal import equal_images
 from apecache.store.joined import widths_of
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import FeaturePairs
+from apecache.train.paired_rows import SelectedRows, pairs_of, select_rows
 from apecache.train.resident import load_rows
-from apecache.train.selection import SelectedRows, pairs_of, select_rows
 
 
 @dataclass(frozen=True, kw_only=True)

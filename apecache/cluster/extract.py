@@ -10,7 +10,7 @@ storage).
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ from apecache.cluster.task_state import ShardReport, ShardRequest, Task, TaskSta
 from apecache.data.pairs import PairSource
 from apecache.errors import EngineError, OptionError
 from apecache.extraction.encode import ImageJob, TextJob
-from apecache.extraction.recheck import require_same_content, spot_check
+from apecache.extraction.precision import with_precision
+from apecache.extraction.recheck import spot_check
 from apecache.extraction.report import (
     ArrayCounts,
     ExtractionProgress,
@@ -39,8 +40,9 @@ from apecache.extraction.run import (
     prepare_jobs,
     require_inputs,
 )
-from apecache.extraction.segments import make_segment, split_source
+from apecache.extraction.segments import Inputs
 from apecache.extraction.spec import default_workers
+from apecache.extraction.table_plan import plan_table
 from apecache.fingerprint import Modality
 from apecache.storage.bucket import is_object_url
 from apecache.storage.files import Files
@@ -81,27 +83,33 @@ def extract_on_ray(
         raise OptionError(
             "--single-writer: the actors of a cluster are several writers; leave one of the two out"
         )
+    if spec.reuse is not None:
+        raise OptionError(
+            "--reuse is for an extraction without Ray; leave one of the two out, or extract with "
+            "--reuse first"
+        )
     require_inputs(source, spec)
     # Absolute: an actor whose node lacks the driver's folder runs in another one.
     files = open_files(store if is_object_url(store) else Path(os.path.abspath(store)))
-    segments = split_source(source, files, spec.append)
-    part_of_folder = {segment.files.place: segment.part for segment in segments}
+    # No actor measures: several would not be sure to choose the same precision.
+    spec = with_precision(source, files, spec, measure=False)
+    plan = plan_table(source, files, spec)
+    part_of_folder = {segment.files.place: segment.part for segment in plan.segments}
     make_worker = partial(_Encoding, part_of_folder, spec)
     ray_spec = (cluster or RaySpec()).for_device(spec.device)
     with open_pool(make_worker, ray_spec) as pool:
         # Encoders load before anything is written: one that fails to load leaves no store behind.
         pool.first(LOAD)
         begin = time.perf_counter()
-        for segment in segments:
-            make_segment(segment)
+        plan.begin()
         tasks: list[Task] = pool.first(PREPARE)
         totals = _fill(
             pool,
             task_states=[TaskState(task) for task in tasks],
-            source=source,
+            parts=list(part_of_folder.values()),
             progress=progress,
         )
-    return judge(files, totals=totals, spec=spec, begin=begin)
+    return judge(plan, totals=totals, spec=spec, begin=begin)
 
 
 # --- the driver -----------------------------------------------------------------------------------
@@ -110,10 +118,10 @@ def extract_on_ray(
 def _fill(
     pool: ActorPool,
     task_states: Sequence[TaskState],
-    source: PairSource,
+    parts: Sequence[Inputs],
     progress: ExtractionProgress,
 ) -> dict[Modality, ModalityCounts]:
-    totals = _totals(task_states, source)
+    totals = _totals(task_states, parts)
     last_time = time.perf_counter()
     for total in totals.values():
         progress(total.standing)
@@ -145,12 +153,15 @@ def _fill(
     return totals
 
 
-def _totals(task_states: Sequence[TaskState], source: PairSource) -> dict[Modality, ModalityCounts]:
+def _totals(
+    task_states: Sequence[TaskState],
+    parts: Sequence[Inputs],
+) -> dict[Modality, ModalityCounts]:
     """Sum up what is committed already, for each modality."""
     totals: dict[Modality, ModalityCounts] = {}
     for task_state in task_states:
         modality = task_state.task.modality
-        rows = len(source) if modality == "image" else len(source.captions)
+        rows = sum(len(part if modality == "image" else part.captions) for part in parts)
         total = totals.setdefault(modality, ModalityCounts(modality=modality, rows=rows))
         # Jobs are numbered from 0, and each is one pass over the rows.
         total.passes = max(total.passes, task_state.task.job + 1)
@@ -186,7 +197,7 @@ class _Encoding:
 
     def __init__(
         self,
-        part_of_folder: dict[str | Path, PairSource],
+        part_of_folder: Mapping[str | Path, Inputs],
         spec: ExtractSpec,
         cpus: int,
     ) -> None:
@@ -194,7 +205,7 @@ class _Encoding:
         self.parts = part_of_folder
         self.spec = _on_a_node(spec, cpus)
         self.encoders = open_encoders(self.spec)
-        self.totals = new_totals(next(iter(part_of_folder.values())), self.encoders)
+        self.totals = new_totals(list(part_of_folder.values()), self.encoders)
         self.opened: dict[str | Path, _Segment] = {}
         self.checked: set[tuple[str | Path, Modality, int]] = set()
 
@@ -211,9 +222,6 @@ class _Encoding:
 
     def _prepare(self, folder: str | Path) -> list[Task]:
         segment = self._segment(folder)
-        if self.spec.recheck:
-            for job in segment.jobs.values():
-                require_same_content(FeatureStore.open(folder), job)
         tasks = []
         for (modality, number), job in segment.jobs.items():
             names = tuple(target.record.name for target in job.targets)
@@ -232,7 +240,7 @@ class _Encoding:
                     f"node {node_name()} does not see {folder}; the store must lie where "
                     "every node reaches it"
                 )
-            store = FeatureStore.open(folder)
+            store = FeatureStore.block(open_files(folder))
             jobs = prepare_jobs(
                 store,
                 part=self.parts[folder],

@@ -17,11 +17,11 @@ from apecache.arguments import AnyPath, as_path, require_spec, require_type
 from apecache.cluster.pool import ActorPool, RaySpec, open_pool
 from apecache.storage.bucket import is_object_url
 from apecache.store.reader import FeatureStore
-from apecache.sweeps.halving import FitGroup, Name, Results, SweepData, SweepSpec, TrialBatch
+from apecache.sweeps.halving import FitGroup, FitKey, Results, SweepData, SweepSpec, TrialBatch
 from apecache.sweeps.run import SweepReport, load_data, sweep
 from apecache.sweeps.space import Space
 from apecache.sweeps.trials import Trial
-from apecache.train.fit import Training
+from apecache.train.fit import HeadFit
 
 
 def sweep_on_ray(
@@ -89,7 +89,7 @@ class _ClusterTrialBatch(TrialBatch):
     def train_groups(
         self,
         groups: Sequence[FitGroup],
-        members: Mapping[Name, Training],
+        members: Mapping[FitKey, HeadFit],
     ) -> Iterator[tuple[FitGroup, Results]]:
         return self.pool.run(groups)
 

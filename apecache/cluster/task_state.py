@@ -13,6 +13,7 @@ from pathlib import Path
 from apecache.cluster.pool import ActorPool
 from apecache.errors import EngineError
 from apecache.fingerprint import Modality
+from apecache.storage.open import open_files
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import ArrayWriter
 
@@ -60,7 +61,7 @@ class TaskState:
     """
 
     def __init__(self, task: Task) -> None:
-        store = FeatureStore.open(task.folder)
+        store = FeatureStore.block(open_files(task.folder))
         arrays = [store.array(task.modality, name) for name in task.names]
         self.task = task
         self.files = store.files

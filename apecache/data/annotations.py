@@ -3,7 +3,8 @@
 Karpathy and Fei-Fei (arXiv:1412.2306) publish dataset_coco.json, dataset_flickr8k.json and
 dataset_flickr30k.json: `images`, each with `filename`, `split`, `sentences` (their `raw` is the
 caption) and, for COCO, the folder `filepath`. COCO (captions_train2017.json and the like) has
-`images` with `id` and `file_name`, and beside them `annotations` with `image_id` and `caption`.
+`images` with `id` and `file_name`, and beside them `annotations` with `image_id` and `caption`. A
+list of objects is a table.
 """
 
 import json
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from apecache.data.columns import to_text
+from apecache.data.json_lines import json_records, with_names
 from apecache.data.media import media_below
 from apecache.data.pairs import Pair, PairSource, SourceFields
-from apecache.data.spec import SPLITS, OpenSpec, refuse_url, require_only
-from apecache.data.tables import not_utf8
-from apecache.errors import ManifestError
+from apecache.data.spec import FILE_OPTIONS, SPLITS, OpenSpec, refuse_url, require_only
+from apecache.data.tables import open_records
+from apecache.data.text_files import open_text
+from apecache.errors import ManifestError, OptionError
 
 RESTVAL = "restval"
 """COCO images of the official validation set that Karpathy adds to train."""
@@ -30,21 +33,24 @@ KINDS = (
 def open_annotations(path: Path, spec: OpenSpec) -> PairSource:
     """Open one JSON file of captions, all captions of each image together.
 
-    Image paths are relative to the file's folder, or to `spec.root`.
+    Annotations of an image that the file does not list keep a row, which is quarantined when its
+    image is read. Image paths are relative to the file's folder, or to `spec.root`.
 
     Raises:
         ManifestError: The file is not JSON or has neither of the two formats, a record lacks a
             field, or an image is named twice.
     """
-    require_only(spec, path, "root")
     content = _load(path)
+    if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
+        if not spec.restval:
+            raise OptionError(f"{path}: a table; --no-restval is for Karpathy's JSON: leave it out")
+        names, records = with_names(list(enumerate(content, 1)))
+        return open_records(names, records, path=path, spec=spec)
+    require_only(spec, path, *FILE_OPTIONS)
     # Both formats have `images`; their other fields tell them apart.
     images = content.get("images") if isinstance(content, dict) else None
     if not isinstance(images, list) or not all(isinstance(image, dict) for image in images):
-        raise ManifestError(
-            f"{path}: {_found(content)}; expected {KINDS}. A list of objects goes into a "
-            ".jsonl file"
-        )
+        raise ManifestError(f"{path}: {_found(content)}; expected {KINDS}, or a list of objects")
     if images and all("sentences" in image for image in images):
         pairs = _karpathy(images, path, spec.restval)
         fields = SourceFields(image="filename", caption="sentences.raw", split="split")
@@ -58,7 +64,7 @@ def open_annotations(path: Path, spec: OpenSpec) -> PairSource:
     return PairSource(
         pairs,
         origin=str(path),
-        media=media_below(spec.root or path.parent),
+        media=media_below(spec.root or path.parent, spec.allow_root),
         fields=fields,
     )
 
@@ -75,15 +81,17 @@ def _unused(images: list[dict[str, Any]], fields: SourceFields) -> tuple[str, ..
 
 def _load(path: Path) -> Any:
     try:
-        # "utf-8-sig" also reads files with a byte order mark.
-        text = path.read_bytes().decode("utf-8-sig")
-        return json.loads(text)
-    except UnicodeDecodeError as error:
-        raise ManifestError(not_utf8(path, error)) from None
+        with open_text(path) as file:
+            return json.load(file)
     except json.JSONDecodeError as error:
+        # JSON lines are often called .json.
+        if error.msg == "Extra data" and error.lineno > 1:
+            return [record for _, record in json_records(path)[1]]
         raise ManifestError(
             f"{path}, line {error.lineno}: no JSON ({error.msg}); expected {KINDS}"
         ) from None
+    except ManifestError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ManifestError(
             f"{path}: no JSON that can be read ({error}); expected {KINDS}"
@@ -119,7 +127,8 @@ def _karpathy(images: list[dict[str, Any]], path: Path, restval: bool) -> tuple[
         if "filepath" in image:
             folder = _field(image, name="filepath", expected_type=str, location=location)
         sentences = _field(image, name="sentences", expected_type=list, location=location)
-        captions = tuple(_raw(sentence, location) for sentence in sentences)
+        texts = [_raw(sentence, location) for sentence in sentences]
+        captions = tuple(text for text in texts if text)
         key = f"{folder}/{name}" if folder else name
         refuse_url(key, location)
         split = SPLITS["train"] if split == RESTVAL else SPLITS.get(split, split)
@@ -148,20 +157,21 @@ def _coco(
     # Two images of one id have left one list of captions.
     if len(captions) < len(images):
         raise ManifestError(f"{path}: two images have the same id; every image needs its own")
+    orphans: dict[Any, list[str]] = {}
     for number, annotation in enumerate(annotations):
         location = f"{path}, annotations[{number}]"
         image_id = _field(annotation, name="image_id", expected_type=int | str, location=location)
         texts = captions.get(image_id)
         if texts is None:
-            raise ManifestError(
-                f"{location}: image_id {annotation['image_id']!r} is none of the images' ids"
-            )
-        texts.append(to_text(annotation["caption"], location, "caption"))
+            texts = orphans.setdefault(image_id, [])
+        caption = to_text(annotation["caption"], location, "caption")
+        texts += [caption] if caption else []
     keys = _image_values(images, name="file_name", expected_type=str, path=path)
     for number, key in enumerate(keys):
         refuse_url(key, f"{path}, images[{number}]")
     pairs = []
-    for key, image_captions in zip(keys, captions.values(), strict=True):
+    keys += [f"(no image has the id {image_id})" for image_id in orphans]
+    for key, image_captions in zip(keys, [*captions.values(), *orphans.values()], strict=True):
         languages = ("",) * len(image_captions)
         pairs.append(Pair(key=key, captions=tuple(image_captions), languages=languages))
     return tuple(pairs)

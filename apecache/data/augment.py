@@ -9,9 +9,15 @@ from PIL import Image, ImageEnhance, ImageOps
 from apecache.errors import StoreError
 from apecache.fingerprint import Json, content_hash
 
-Operation = Callable[[Image.Image, float], Image.Image]
-"""An image and a strength from -1 to 1."""
+Operation = Callable[[Image.Image, float, int], Image.Image]
+"""An image, a level from 0 to 1, and a direction, 1 or -1."""
 FILL = (128, 128, 128)
+APPLIED = 0.5
+"""Probability that an operation that was drawn is applied."""
+VIEWS_VERSION = 2
+"""Of what a seed draws. 1: every operation was applied, at two to three times the strength."""
+TRANSLATION = 10 / 256
+"""Largest translation, as a share of the side: ten pixels of the 256 that LilT trains on."""
 
 
 def _affine(image: Image.Image, matrix: Sequence[float]) -> Image.Image:
@@ -24,21 +30,56 @@ def _affine(image: Image.Image, matrix: Sequence[float]) -> Image.Image:
     )
 
 
-OPERATIONS: dict[str, Operation] = {
-    "autocontrast": lambda image, _: ImageOps.autocontrast(image),
-    "equalize": lambda image, _: ImageOps.equalize(image),
-    "brightness": lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s),
-    "sharpness": lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s),
-    "shear_x": lambda image, s: _affine(image, (1, 0.3 * s, 0, 0, 1, 0)),
-    "shear_y": lambda image, s: _affine(image, (1, 0, 0, 0.3 * s, 1, 0)),
-    "translate_x": lambda image, s: _affine(image, (1, 0, 0.45 * s * image.width, 0, 1, 0)),
-    "translate_y": lambda image, s: _affine(image, (1, 0, 0, 0, 1, 0.45 * s * image.height)),
-    "rotate": lambda image, s: image.rotate(30 * s, Image.Resampling.BILINEAR, fillcolor=FILL),
-}
-"""Operations of RandAugment (Cubuk et al. 2019), by name.
+def _factor(level: float) -> float:
+    """Return the factor of an enhancement: 1.9 at level 1, 1 at level 0.5, 0.1 at level 0."""
+    return 1.8 * level + 0.1
 
-Operations that change colors are left out, because captions name colors. LilT and ALBEF use the
-same list; the strengths are theirs at magnitude 10 of 10.
+
+def _brightness(image: Image.Image, level: float, _: int) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(_factor(level))
+
+
+def _sharpness(image: Image.Image, level: float, _: int) -> Image.Image:
+    return ImageEnhance.Sharpness(image).enhance(_factor(level))
+
+
+def _shear_x(image: Image.Image, level: float, sign: int) -> Image.Image:
+    return _affine(image, (1, 0.3 * level * sign, 0, 0, 1, 0))
+
+
+def _shear_y(image: Image.Image, level: float, sign: int) -> Image.Image:
+    return _affine(image, (1, 0, 0, 0.3 * level * sign, 1, 0))
+
+
+def _translate_x(image: Image.Image, level: float, sign: int) -> Image.Image:
+    return _affine(image, (1, 0, TRANSLATION * level * sign * image.width, 0, 1, 0))
+
+
+def _translate_y(image: Image.Image, level: float, sign: int) -> Image.Image:
+    return _affine(image, (1, 0, 0, 0, 1, TRANSLATION * level * sign * image.height))
+
+
+def _rotate(image: Image.Image, level: float, sign: int) -> Image.Image:
+    return image.rotate(30 * level * sign, Image.Resampling.BILINEAR, fillcolor=FILL)
+
+
+OPERATIONS: dict[str, Operation] = {
+    "identity": lambda image, _level, _sign: image,
+    "autocontrast": lambda image, _level, _sign: ImageOps.autocontrast(image),
+    "equalize": lambda image, _level, _sign: ImageOps.equalize(image),
+    "brightness": _brightness,
+    "sharpness": _sharpness,
+    "shear_x": _shear_x,
+    "shear_y": _shear_y,
+    "translate_x": _translate_x,
+    "translate_y": _translate_y,
+    "rotate": _rotate,
+}
+"""Operations of RandAugment (Cubuk et al. 2019), by name, as LilT and ALBEF use them.
+
+Operations that change colors are left out, because captions name colors. Magnitude 7 of 10 is
+level 0.7: brightness and sharpness by 1.36, a shear of 0.21, a rotation by 21 degrees, a
+translation by seven pixels of 256.
 """
 
 
@@ -46,9 +87,9 @@ same list; the strengths are theirs at magnitude 10 of 10.
 class Views:
     """Make augmented views of each image: a random crop, a mirror image, then RandAugment.
 
-    The crop is stretched to a square of its longer side; the encoder's own preprocessing follows.
-    Nothing is drawn from a shared generator: a view is a function of the file's bytes, its number
-    and the seed.
+    The crop is stretched to a square of its longer side; the encoder's own preprocessing follows,
+    without its crop (`apecache.encoders.whole_view`). Nothing is drawn from a shared generator: a
+    view is a function of the file's bytes, its number and the seed.
     """
 
     count: int
@@ -61,9 +102,12 @@ class Views:
     flip: bool = True
     """Whether half of the views are mirrored."""
     operations: int = 2
-    """Number of RandAugment operations in each view; 0 applies none."""
+    """Number of RandAugment operations drawn for each view, identity among them. Each is applied
+    with probability 0.5."""
     magnitude: float = 7.0
     """Strength of the operations, from 0 to 10."""
+    jitter: float = 0.0
+    """Brightness, contrast and saturation are changed by factors up to this far from 1."""
 
     def of(self, image: Image.Image, digest: str) -> list[Image.Image]:
         """Return the RGB views of an RGB image.
@@ -81,6 +125,7 @@ class Views:
             "scale": list(self.scale),
             "ratio": list(self.ratio),
             "kinds": sorted(OPERATIONS),
+            "version": VIEWS_VERSION,
         }
 
     def _generator(self, digest: str, number: int) -> np.random.Generator:
@@ -91,10 +136,15 @@ class Views:
         view = self._crop(image, chance)
         if self.flip and chance.random() < 0.5:
             view = ImageOps.mirror(view)
+        if self.jitter:
+            view = _jittered(view, self.jitter, chance)
         # Sorted, so that a seed gives the same operations whatever the order of the table.
         for name in chance.choice(sorted(OPERATIONS), self.operations):
-            strength = self.magnitude / 10 * chance.choice((-1, 1))
-            view = OPERATIONS[str(name)](view, float(strength))
+            # Both are drawn whether or not they are used, so that draws stay in step.
+            is_applied = chance.random() < APPLIED
+            sign = int(chance.choice((-1, 1)))
+            if is_applied:
+                view = OPERATIONS[str(name)](view, self.magnitude / 10, sign)
         return view
 
     def _crop(self, image: Image.Image, chance: np.random.Generator) -> Image.Image:
@@ -134,7 +184,8 @@ def views_from_json(value: Json) -> Views:
     """
     kinds = sorted(OPERATIONS)
     try:
-        arguments = {key: entry for key, entry in value.items() if key != "kinds"}
+        descriptions = ("kinds", "version")
+        arguments = {key: entry for key, entry in value.items() if key not in descriptions}
         views = Views(
             **{**arguments, "scale": tuple(value["scale"]), "ratio": tuple(value["ratio"])}
         )
@@ -142,11 +193,20 @@ def views_from_json(value: Json) -> Views:
         raise StoreError(
             f"views that this apecache cannot make again ({error}); extract them into a new store"
         ) from None
-    if value.get("kinds") != kinds:
+    if value.get("kinds") != kinds or value.get("version") != VIEWS_VERSION:
         raise StoreError(
             "views of other operations than this apecache has; extract them into a new store"
         )
     return views
+
+
+def _jittered(image: Image.Image, amount: float, chance: np.random.Generator) -> Image.Image:
+    """Change brightness, contrast and saturation in random order."""
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for index in chance.permutation(len(enhancers)):
+        factor = float(chance.uniform(max(0.0, 1 - amount), 1 + amount))
+        image = enhancers[index](image).enhance(factor)
+    return image
 
 
 def _squared(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from os import cpu_count
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from apecache.data.images import LoadedImage
-from apecache.data.media import Media, ObjectMedia
+from apecache.data.media import Media, ObjectMedia, base_media
 from apecache.data.processes import CRASH, HANG, can_fork, open_processes
 from apecache.errors import ApecacheError, RowError
 
@@ -57,7 +58,7 @@ def reading_ahead(
     """Return how to decode the images of a medium ahead."""
     # Many requests in flight hide the latency of object storage, and forked processes cannot share
     # its client: hence threads.
-    if isinstance(media, ObjectMedia):
+    if isinstance(base_media(media), ObjectMedia):
         return PrefetchSpec(workers=0, images=images + MAX_THREADS, threads=MAX_THREADS)
     return PrefetchSpec(workers=workers, images=images, hang_seconds=hang_seconds)
 
@@ -68,6 +69,7 @@ def preprocess_ahead(
     preprocess: Callable[[LoadedImage[Any]], list[Tensor]],
     shapes: Sequence[tuple[int, ...]],
     ahead: PrefetchSpec,
+    dtype: torch.dtype = torch.float32,
 ) -> AbstractContextManager[Iterator[Preprocessed[list[Tensor]]]]:
     """Preprocess images in the order of `keys`; each is valid until the next one is asked for.
 
@@ -78,11 +80,19 @@ def preprocess_ahead(
         keys: The images.
         load: Reads and decodes one image.
         preprocess: Turns a decoded image into tensors.
-        shapes: Shapes of the float32 tensors that `preprocess` returns.
+        shapes: Shapes of the tensors that `preprocess` returns.
         ahead: How far and with what to run ahead.
+        dtype: Of these tensors.
     """
     if ahead.workers and can_fork():
-        return _in_processes(keys, load=load, preprocess=preprocess, shapes=shapes, ahead=ahead)
+        return _in_processes(
+            keys,
+            load=load,
+            preprocess=preprocess,
+            shapes=shapes,
+            ahead=ahead,
+            dtype=dtype,
+        )
     threads = ahead.threads or ahead.workers or min(MAX_THREADS, cpu_count() or 1)
     return in_threads(keys, load=load, preprocess=preprocess, threads=threads, ahead=ahead.images)
 
@@ -94,6 +104,7 @@ def _in_processes(
     preprocess: Callable[[LoadedImage[Any]], list[Tensor]],
     shapes: Sequence[tuple[int, ...]],
     ahead: PrefetchSpec,
+    dtype: torch.dtype,
 ) -> Iterator[Iterator[Preprocessed[list[Tensor]]]]:
     def work(position: int) -> tuple[list[Tensor] | None, str, RowError | None]:
         attempt = _attempt(keys[position], load, preprocess)
@@ -106,6 +117,7 @@ def _in_processes(
         workers=ahead.workers,
         ahead=ahead.images,
         hang_seconds=ahead.hang_seconds,
+        dtype=dtype,
     ) as results:
         yield (
             _named(key, Preprocessed(value=result[0], digest=result[1], error=result[2]))
@@ -174,5 +186,9 @@ def _attempt(
     except ApecacheError:
         # Not the fault of one row: the storage does not answer.
         raise
+    except MemoryError:
+        # Of one image: the next ones may be smaller.
+        detail = f"{key} needs more memory than there is; use fewer --workers"
+        return Preprocessed(value=None, digest="", error=RowError("out-of-memory", detail))
     except (ValueError, OSError, RuntimeError) as error:
         return Preprocessed(value=None, digest="", error=RowError("unusable", f"{key}: {error}"))

@@ -11,11 +11,26 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from apecache.data.columns import Columns, choose_columns, image_keys, source_fields, to_row
+from apecache.data.columns import (
+    Columns,
+    choose_columns,
+    image_keys,
+    source_fields,
+    to_row,
+    with_class_label,
+    with_only_image,
+)
 from apecache.data.media import FolderMedia, check_bytes, media_below
-from apecache.data.pairs import PairSource, TableRow, join_rows
-from apecache.data.parquet import one_line
-from apecache.data.spec import SPLITS, OpenSpec, require_only
+from apecache.data.pairs import PairSource, TableRow, source_of_rows
+from apecache.data.parquet import FURTHER_IMAGES, class_name, open_parquet, parts_of
+from apecache.data.row_groups import first_image, image_fields, is_list, one_line
+from apecache.data.spec import (
+    COLUMN_OPTIONS,
+    FILE_OPTIONS,
+    OpenSpec,
+    distinct_splits,
+    require_only,
+)
 from apecache.errors import ManifestError, MissingExtraError, RowError
 from apecache.fingerprint import content_hash
 
@@ -35,7 +50,7 @@ class HubMedia:
     """Read images from the Arrow files of a data set."""
 
     split_images: tuple[Any, ...]
-    """Tables of one column, in Arrow's format: structs of bytes and path."""
+    """Tables of one column of images, in Arrow's format, as `image_fields` takes them."""
     rows_by_key: Mapping[str, HubRow]
     """The row of each key."""
     files: FolderMedia
@@ -47,12 +62,11 @@ class HubMedia:
         if key not in self.rows_by_key:
             raise RowError("missing", f"{key}: its row has no image")
         split_index, row = self.rows_by_key[key]
-        image = self.split_images[split_index][row : row + 1].column(0)[0].as_py()
-        data: bytes | None = image["bytes"]
-        if data is None:
-            return self.files.read(image["path"])
-        check_bytes(len(data), key)
-        return data
+        image = first_image(self.split_images[split_index][row : row + 1].column(0)[0].as_py())
+        if not isinstance(image, bytes):
+            return self.files.read(image or "")
+        check_bytes(len(image), key)
+        return image
 
     def exists(self, key: str) -> bool:
         return key in self.rows_by_key
@@ -66,12 +80,11 @@ class HubMedia:
         from pyarrow import compute
 
         split_index, row = self.rows_by_key[key]
-        image = self.split_images[split_index][row : row + 1].column(0)
-        data = compute.struct_field(image, "bytes")
-        size = compute.binary_length(data)[0].as_py()
+        contents, paths = image_fields(self.split_images[split_index][row : row + 1].column(0))
+        size = compute.binary_length(contents)[0].as_py()
         if size is not None:
             return int(size)
-        path = compute.struct_field(image, "path")[0].as_py()
+        path = paths[0].as_py() if paths is not None else None
         return self.files.sizes([path])[0] if path else None
 
 
@@ -98,31 +111,75 @@ def open_hub(uri: str, spec: OpenSpec) -> PairSource:
         ManifestError: There is no such data set, it cannot be read or has no rows, or a column is
             missing or ambiguous.
     """
+    name = uri.removeprefix(PREFIX)
+    folder = Path(name).expanduser()
+    if _is_folder(name) and folder.is_dir() and not _is_saved(folder):
+        parquet = sorted(folder.rglob("*.parquet"))
+        if parquet:
+            return open_parquet(parts_of(parquet, uri), spec)
     loaded, folder = _load(uri)
+    location = str(folder.resolve()) if _is_folder(name) else uri
+    return _open_loaded(loaded, uri=uri, place=location, folder=folder, spec=spec)
+
+
+def is_dataset(value: object) -> bool:
+    """Return whether a value is a data set of the library, which is not imported."""
+    is_known = type(value).__name__ in ("Dataset", "DatasetDict")
+    return is_known and type(value).__module__.partition(".")[0] == "datasets"
+
+
+def open_dataset(dataset: Any, spec: OpenSpec) -> PairSource:
+    """Open a `Dataset` or a `DatasetDict` that is in memory; raises as `open_hub` does."""
+    uri = "a data set in memory"
+    return _open_loaded(dataset, uri=uri, place=uri, folder=Path.cwd(), spec=spec)
+
+
+def _is_saved(folder: Path) -> bool:
+    """Return whether `save_to_disk` wrote a folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def _open_loaded(loaded: Any, uri: str, place: str, folder: Path, spec: OpenSpec) -> PairSource:
+    """Open a loaded data set.
+
+    Args:
+        loaded: A `Dataset` or `DatasetDict`.
+        uri: How the user named it.
+        place: Where it is.
+        folder: Folder that its images may be files of.
+        spec: What the user asked for.
+    """
     named = loaded.items() if isinstance(loaded, dict) else [("", loaded)]
-    splits = [_HubSplit(SPLITS.get(name, name), data) for name, data in named]
+    split_of = distinct_splits(name for name, _ in named)
+    splits = [_HubSplit(split_of[name], data) for name, data in named]
     if not sum(len(split.data) for split in splits):
         raise ManifestError(f"{uri}: the data set has no rows; expected a row for every image")
-    features = splits[0].data.features
+    features: dict[str, Any] = {}
+    for split in splits:
+        features = {**split.data.features, **features}
     columns = _choose(features, uri, spec)
-    if any(split.data.features.keys() != features.keys() for split in splits):
+    if any(columns.image not in split.data.features for split in splits):
         raise ManifestError(
-            f"{uri}: its splits have other columns than one another; save the one you want alone"
+            f"{uri}: a split has no column {columns.image!r}; name the one that all have with "
+            "--image-column"
         )
     fields = source_fields(columns, features)
     if columns.split is None and any(split.name for split in splits):
         fields = replace(fields, split="the data set's own splits")
     if _is_image(features[columns.image]):
-        require_only(spec, uri, "image_column", "caption_column", "split_column")
-        source = _with_images(splits, columns=columns, uri=uri, folder=folder)
-        return replace(source, fields=fields)
+        require_only(spec, uri, *COLUMN_OPTIONS)
+        media, rows, n_further = _with_images(splits, columns=columns, uri=uri, folder=folder)
+        source = source_of_rows(rows, origin=uri, media=replace(media, place=place), fields=fields)
+        further = {FURTHER_IMAGES: n_further} if n_further else {}
+        return replace(source, skipped={**source.skipped, **further})
+    require_only(spec, uri, *COLUMN_OPTIONS, *FILE_OPTIONS)
     rows = []
     for split, line, record in _records(splits, [columns.image], columns):
         rows.append(_row(split, line=line, record=record, columns=columns, uri=uri))
-    return PairSource(
-        join_rows(rows, uri),
+    return source_of_rows(
+        rows,
         origin=uri,
-        media=media_below(spec.root or folder),
+        media=media_below(spec.root or folder, spec.allow_root),
         fields=fields,
     )
 
@@ -164,30 +221,34 @@ def _is_folder(name: str) -> bool:
 
 
 def _is_image(feature: Any) -> bool:
-    from datasets import Image
+    """Return whether a column holds images: as such, as bytes, as structs, or as lists of them."""
+    from datasets import Image, Value
 
-    return isinstance(feature, Image)
+    element = _list_element(feature)
+    if element is not None:
+        return _is_image(element)
+    if isinstance(feature, dict):
+        return {"bytes", "path"} <= feature.keys()
+    is_binary = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+    return isinstance(feature, Image) or is_binary
+
+
+def _list_element(feature: Any) -> Any:
+    """Return the feature of a list's elements; None for what is not a list."""
+    if isinstance(feature, list):
+        return feature[0]
+    is_list = type(feature).__name__ in ("List", "LargeList", "Sequence")
+    return feature.feature if is_list else None
 
 
 def _choose(features: Mapping[str, Any], uri: str, spec: OpenSpec) -> Columns:
     """Choose columns as for tables, but take the only column of images whatever its name."""
+    from datasets import ClassLabel
+
     images = [name for name, feature in features.items() if _is_image(feature)]
-    if spec.image_column is None and len(images) == 1:
-        # `choose_columns` sees the column of images under the name that it prefers.
-        other_columns = [name for name in features if name not in (*images, "image")]
-        columns = choose_columns(["image", *other_columns], uri, spec)
-        return _renamed(columns, images[0])
+    classes = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    spec = with_class_label(with_only_image(spec, images), list(features), classes)
     return choose_columns(list(features), uri, spec)
-
-
-def _renamed(columns: Columns, image: str) -> Columns:
-    return Columns(
-        image=image,
-        caption=columns.caption,
-        split=columns.split,
-        language=columns.language,
-        label=columns.label,
-    )
 
 
 def _records(
@@ -196,21 +257,15 @@ def _records(
     columns: Columns,
 ) -> Iterator[tuple[_HubSplit, int, dict[str, Any]]]:
     """Yield (split, 1-based row in it, values) without images, and with class labels as names."""
-    from datasets import ClassLabel
-
     for split in splits:
-        names = [*extra, *columns.names]
-        label = split.data.features.get(columns.label) if columns.label else None
+        names = [name for name in [*extra, *columns.names] if name in split.data.features]
         # Without a column, `datasets` would give no rows.
         selected = (
             split.data.select_columns(names) if names else repeat(dict[str, Any](), len(split.data))
         )
+        classes = {name: getattr(split.data.features[name], "names", None) for name in names}
         for row, values in enumerate(selected):
-            record = dict(values)
-            if isinstance(label, ClassLabel) and isinstance(record[columns.label], int):
-                # The library writes -1 for a row without a label.
-                number = record[columns.label]
-                record[columns.label] = label.int2str(number) if number >= 0 else ""
+            record = {name: class_name(value, classes[name]) for name, value in values.items()}
             yield split, row + 1, record
 
 
@@ -226,28 +281,34 @@ def _row(
     return row if columns.split else replace(row, split=split.name)
 
 
-def _with_images(splits: list[_HubSplit], columns: Columns, uri: str, folder: Path) -> PairSource:
-    """Open a data set that holds its images; bytes are read only where a path is repeated."""
-    from datasets import Image
+def _with_images(
+    splits: list[_HubSplit],
+    columns: Columns,
+    uri: str,
+    folder: Path,
+) -> tuple[HubMedia, list[TableRow], int]:
+    """Open a data set that holds its images; bytes are read only where a path is repeated.
 
+    Returns:
+        The media, the rows, and the number of images that are not the first of their row.
+    """
     images = []
     for split in splits:
-        column = split.data.select_columns([columns.image])
-        undecoded = column.cast_column(columns.image, Image(decode=False))
-        images.append(undecoded.with_format("arrow"))
+        column = split.data.select_columns([columns.image]).with_format(None)
+        feature = _undecoded(column.features[columns.image])
+        images.append(column.cast_column(columns.image, feature).with_format("arrow"))
     row_places = []
     numbers = []
     for split_index, split in enumerate(splits):
         for row in range(len(split.data)):
             row_places.append(HubRow(split_index, row))
             numbers.append(f"{split.name}/{row}" if split.name else str(row))
-    present, paths = _present(tuple(images))
-    location = str(folder.resolve()) if _is_folder(uri.removeprefix(PREFIX)) else uri
+    present, paths, n_further = _present(tuple(images))
     everything = HubMedia(
         split_images=tuple(images),
         rows_by_key=dict(zip(numbers, row_places, strict=True)),
         files=FolderMedia(root=folder),
-        place=location,
+        place=uri,
     )
 
     def digest(row: int) -> str:
@@ -267,11 +328,24 @@ def _with_images(splits: list[_HubSplit], columns: Columns, uri: str, folder: Pa
     for (split, line, record), key in zip(_records(splits, [], columns), keys, strict=True):
         named = {**record, columns.image: key}
         rows.append(_row(split, line=line, record=named, columns=columns, uri=uri))
-    return PairSource(join_rows(rows, uri), uri, replace(everything, rows_by_key=first))
+    return replace(everything, rows_by_key=first), rows, n_further
 
 
-def _present(images: tuple[Any, ...], step: int = 1000) -> tuple[list[bool], list[str | None]]:
-    """Return whether each row has an image, and its path if it has one.
+def _undecoded(feature: Any) -> Any:
+    """Return the feature of a column of images such that they are not decoded."""
+    from datasets import Image, List
+
+    element = _list_element(feature)
+    if element is not None:
+        return List(_undecoded(element))
+    return Image(decode=False) if isinstance(feature, Image) else feature
+
+
+def _present(
+    images: tuple[Any, ...],
+    step: int = 1000,
+) -> tuple[list[bool], list[str | None], int]:
+    """Return whether each row has an image, its path if it has one, and how many more images.
 
     Args:
         images: Tables of one column of images, one per split.
@@ -281,14 +355,18 @@ def _present(images: tuple[Any, ...], step: int = 1000) -> tuple[list[bool], lis
 
     present: list[bool] = []
     paths: list[str | None] = []
+    n_further = 0
     for table in images:
         # Some rows at a time, because a struct holds the bytes of its image.
         for begin in range(0, len(table), step):
-            structs = table[begin : begin + step].column(0)
-            data = compute.struct_field(structs, "bytes")
-            has_bytes = compute.is_valid(data).to_pylist()
-            step_paths = compute.struct_field(structs, "path").to_pylist()
+            column = table[begin : begin + step].column(0)
+            if is_list(column.type):
+                counts = compute.list_value_length(column).to_pylist()
+                n_further += sum(max(0, (count or 0) - 1) for count in counts)
+            contents, path_array = image_fields(column)
+            has_bytes = compute.is_valid(contents).to_pylist()
+            step_paths = [None] * len(column) if path_array is None else path_array.to_pylist()
             for with_bytes, path in zip(has_bytes, step_paths, strict=True):
                 present.append(with_bytes or bool(path))
             paths += step_paths
-    return present, paths
+    return present, paths, n_further

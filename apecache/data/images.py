@@ -1,9 +1,9 @@
 """Decode the bytes of a key to an RGB image, or give a reason why it cannot be decoded.
 
 Every conversion is defined. EXIF orientation is applied, transparency is composited over white,
-16-bit samples are scaled to 8 bits, an animation gives its first frame, and the result is always
-RGB. Nothing is decoded before the header's size is checked, formats come from an allow-list, and a
-truncated file is never completed with gray.
+samples of more than 8 bits are scaled (`apecache.data.pixels`), an animation gives its first frame,
+and the result is always RGB. Nothing is decoded before the header's size is checked, formats come
+from an allow-list, and a truncated file is never completed with gray.
 
 A picture in memory (bytes, a file object, a Pillow image, an array) goes through the same
 conversions in `open_picture`, so that one picture gives the same pixels in every form.
@@ -24,13 +24,22 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from apecache.arguments import wrong_type
-from apecache.data.media import MAX_IMAGE_BYTES, Media, check_bytes, read_file
+from apecache.data.media import MAX_IMAGE_BYTES, Media, RuledMedia, check_bytes, read_file
+from apecache.data.pixels import PixelRules, has_wide_samples, require_bright, to_gray8
+from apecache.data.signatures import name_of_content
 from apecache.errors import DataError, OptionError, RowError, one_line
 from apecache.fingerprint import content_hash
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif")
+SUFFIXES = (*JPEG_SUFFIXES, ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+REFUSED_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2")
+"""Endings of images that are listed, so that they are refused by name and not left out."""
 MAX_PIXELS = 50_000_000
+"""Default of `--max-pixels`."""
+MAX_ASPECT = 250
+"""Longest side in units of the shortest. Encoders enlarge the shortest side to their resolution, so
+an image of 1 x 1,000,000 pixels would need a thousand times its own memory."""
 READ_BYTES = 1 << 20
 """Bytes of a file object that one call of `read` asks for."""
 
@@ -50,6 +59,8 @@ PICTURES = "a path, bytes, a binary file object, a PIL image or a uint8 array [h
 
 T = TypeVar("T")
 
+DEFAULT_RULES = PixelRules()
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedImage(Generic[T]):
@@ -61,28 +72,45 @@ class LoadedImage(Generic[T]):
     """BLAKE3 of the file's bytes."""
 
 
-def decode_image(data: bytes, key: str) -> Image.Image:
+def decode_image(data: bytes, key: str, rules: PixelRules = DEFAULT_RULES) -> Image.Image:
     """Decode the bytes of a file to an RGB image.
 
     Raises:
-        RowError: not-an-image, empty, too-large, truncated.
+        RowError: not-an-image, empty, too-large, extreme-shape, unknown-range, truncated,
+            out-of-memory.
     """
-    return decode_opened(data, key, _load)
+    return decode_opened(data, key, decode=lambda opened: _load(opened, key, rules), rules=rules)
 
 
-def load_image(key: str, media: Media) -> LoadedImage[Image.Image]:
+def load_image(
+    key: str,
+    media: Media,
+    rules: PixelRules | None = None,
+) -> LoadedImage[Image.Image]:
     """Read the image that a table calls `key`.
+
+    Args:
+        key: The image.
+        media: Reads it.
+        rules: How files become pixels; None for those of the media.
 
     Raises:
         RowError: As `decode_image` and `Media.read` raise.
     """
-    return load_as(decode_image, key, media)
+    return load_as(decode_image, key, media, rules)
 
 
-def load_as(decode: Callable[[bytes, str], T], key: str, media: Media) -> LoadedImage[T]:
-    """Read the image that a table calls `key`, with any decoder of (bytes, key)."""
+def load_as(
+    decode: Callable[[bytes, str, PixelRules], T],
+    key: str,
+    media: Media,
+    rules: PixelRules | None = None,
+) -> LoadedImage[T]:
+    """Read the image that a table calls `key`, with any decoder of (bytes, key, rules)."""
+    if rules is None:
+        rules = media.rules if isinstance(media, RuledMedia) else DEFAULT_RULES
     data = media.read(key)
-    return LoadedImage(image=decode(data, key), digest=content_hash(data))
+    return LoadedImage(image=decode(data, key, rules), digest=content_hash(data))
 
 
 def open_picture(picture: Picture, name: str) -> Image.Image:
@@ -106,8 +134,8 @@ def open_picture(picture: Picture, name: str) -> Image.Image:
     match picture:
         case Image.Image():
             with _refusing(name):
-                _check_size(picture, name)
-                return picture if _is_plain(picture) else _load(picture)
+                _check_size(picture, name, DEFAULT_RULES)
+                return picture if _is_plain(picture) else _load(picture, name, DEFAULT_RULES)
         case np.ndarray():
             return open_picture(Image.fromarray(np.ascontiguousarray(picture)), name)
         case bytes() | bytearray() | memoryview():
@@ -215,44 +243,54 @@ def _unreadable(name: str, fault: str) -> OptionError:
     return OptionError(f"{name}: expected {PICTURES}, found a file object {fault}")
 
 
-def decode_opened(data: bytes, key: str, decode: Callable[[Image.Image], T]) -> T:
+def decode_opened(
+    data: bytes,
+    key: str,
+    decode: Callable[[Image.Image], T],
+    rules: PixelRules = DEFAULT_RULES,
+) -> T:
     """Apply `decode` to an image whose header has an allowed format and size.
 
     Raises:
-        RowError: not-an-image, empty, too-large, truncated.
+        RowError: As `decode_image` raises.
     """
-    with _refusing(key):
+    with _refusing(key, data):
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(opened, key)
+        _check_size(opened, key, rules)
         return decode(opened)
 
 
 @contextmanager
-def _refusing(key: str) -> Iterator[None]:
+def _refusing(key: str, data: bytes = b"") -> Iterator[None]:
     """Turn what Pillow raises into a RowError, and keep its warnings of odd metadata quiet."""
     try:
         with _QUIET:
             yield
     except UnidentifiedImageError:
+        content = name_of_content(data)
+        found = f"{key} is {content}" if content else f"{key} is not an image that can be read"
         raise RowError(
             "not-an-image",
-            f"{key} is none of {', '.join(FORMATS)} that can be read",
-        ) from None
-    except Image.DecompressionBombError:
-        raise RowError(
-            "too-large",
-            f"{key} has far more pixels than the limit of {MAX_PIXELS:,}",
+            f"{found}; expected {', '.join(FORMATS)}: convert it",
         ) from None
     except RowError:
         raise
+    except MemoryError:
+        raise RowError(
+            "out-of-memory",
+            f"{key} needs more memory than there is; use fewer --workers",
+        ) from None
     except Exception as error:
         # Pillow raises OSError, SyntaxError, ValueError, struct.error, EOFError and others.
         raise RowError("truncated", f"{key} cannot be decoded: {error}") from None
 
 
-def _load(opened: Image.Image) -> Image.Image:
+def _load(opened: Image.Image, key: str, rules: PixelRules) -> Image.Image:
+    # Pillow empties `tile`, which names the samples of the file, once the image is loaded.
+    raw_mode = str([tile[3] for tile in getattr(opened, "tile", ())])
     opened.load()
-    return to_rgb(ImageOps.exif_transpose(opened))
+    require_bright(opened, raw_mode, key)
+    return to_rgb(ImageOps.exif_transpose(opened), key=key, rules=rules)
 
 
 def _is_plain(image: Image.Image) -> bool:
@@ -265,8 +303,9 @@ def _is_plain(image: Image.Image) -> bool:
 
 
 class _HideWarnings:
-    """Hide warnings about odd metadata (Pillow) and about a successor package (torchvision).
+    """Hide warnings that no user can act on, and lift Pillow's limit of pixels.
 
+    The warnings are about odd metadata (Pillow) and about a successor package (torchvision).
     Filters belong to the whole process, so `catch_warnings` in each of several threads would leave
     them changed. The first thread to enter changes them, and the last one to leave restores them.
     """
@@ -281,6 +320,9 @@ class _HideWarnings:
             if self._inside == 0:
                 self._saved.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", module=r"PIL\.")
+                # Pillow's own limit is below what --max-pixels may allow; `_check_size` has ours.
+                self._saved.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+                Image.MAX_IMAGE_PIXELS = None
                 warnings.filterwarnings(
                     "ignore",
                     message="The image decoding and encoding capabilities of TorchV",
@@ -297,27 +339,40 @@ class _HideWarnings:
 _QUIET = _HideWarnings()
 
 
-def _check_size(image: Image.Image, key: str) -> None:
+def _check_size(image: Image.Image, key: str, rules: PixelRules) -> None:
     width, height = image.size
     # Pillow makes such images in memory, and no file holds one.
     if not (width and height):
         raise RowError("empty", f"{key} has {width} x {height} pixels; expected at least 1 x 1")
-    if width * height > MAX_PIXELS:
+    max_pixels = MAX_PIXELS if rules.max_pixels is None else rules.max_pixels
+    if width * height > max_pixels:
         raise RowError(
             "too-large",
-            f"{key} has {width} x {height} pixels; the limit is {MAX_PIXELS:,}",
+            f"{key} has {width} x {height} pixels; the limit is {max_pixels:,} (extract "
+            "--max-pixels)",
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise RowError(
+            "extreme-shape",
+            f"{key} has {width} x {height} pixels; expected a longest side of at most "
+            f"{MAX_ASPECT} times the shortest",
         )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB by the rules of this module's docstring."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # By way of "I", because the big-endian mode of TIFF files has no `point`. Dividing by 257
-        # maps 65535 to 255.
-        scaled = image.convert("I").point(lambda value: value * (1 / 257))
-        return scaled.convert("L").convert("RGB")
+def to_rgb(
+    image: Image.Image,
+    key: str = "image",
+    rules: PixelRules = DEFAULT_RULES,
+) -> Image.Image:
+    """Convert an image to RGB by the rules of this module's docstring.
+
+    Raises:
+        RowError: unknown-range.
+    """
+    if has_wide_samples(image):
+        return to_gray8(image, rules.scale, key).convert("RGB")
     if image.mode == "La":
-        return to_rgb(image.convert("LA"))
+        return to_rgb(image.convert("LA"), key=key, rules=rules)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))

@@ -8,12 +8,13 @@ import os
 import posixpath
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from apecache.arguments import AnyPath, as_place
+from apecache.arguments import AnyPath, as_path, as_place
+from apecache.data.pixels import PixelRules
 from apecache.errors import RowError
 from apecache.storage.bucket import Bucket, is_object_url, open_bucket
 
@@ -71,17 +72,19 @@ class FolderMedia:
     """Read files below `root`; keys are paths relative to it, or absolute paths below it."""
 
     root: Path
+    allowed: tuple[Path, ...] = ()
+    """Further folders that links may lead to."""
 
     @property
     def place(self) -> str:
         return str(self.root.resolve())
 
     def read(self, key: str) -> bytes:
-        return read_file(resolve_below(key, self.root), key)
+        return read_file(resolve_below(key, self.root, self.allowed), key)
 
     def exists(self, key: str) -> bool:
         try:
-            return resolve_below(key, self.root).exists()
+            return resolve_below(key, self.root, self.allowed).exists()
         except (RowError, OSError, ValueError):
             return False
 
@@ -90,7 +93,7 @@ class FolderMedia:
 
     def _size(self, key: str) -> int | None:
         try:
-            return resolve_below(key, self.root).stat().st_size
+            return resolve_below(key, self.root, self.allowed).stat().st_size
         except (RowError, OSError, ValueError):
             return None
 
@@ -169,18 +172,86 @@ class ObjectMedia:
         return f"{folder}/{name}" if folder else name
 
 
-def media_below(root: AnyPath) -> Media:
-    """Return the media of keys that are names below a folder or a URL of object storage."""
+@dataclass(frozen=True, kw_only=True)
+class RenamedMedia:
+    """Read images under other names, such as SKUs."""
+
+    media: Media
+    names: Mapping[str, str]
+    """The name of each key to `media`."""
+
+    @property
+    def place(self) -> str:
+        return self.media.place
+
+    def read(self, key: str) -> bytes:
+        return self.media.read(self.names.get(key, key))
+
+    def exists(self, key: str) -> bool:
+        return self.media.exists(self.names.get(key, key))
+
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        return self.media.sizes([self.names.get(key, key) for key in keys])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuledMedia:
+    """Read images whose files become pixels by other rules than the default ones."""
+
+    media: Media
+    rules: PixelRules
+
+    @property
+    def place(self) -> str:
+        return self.media.place
+
+    def read(self, key: str) -> bytes:
+        return self.media.read(key)
+
+    def exists(self, key: str) -> bool:
+        return self.media.exists(key)
+
+    def sizes(self, keys: Sequence[str]) -> list[int | None]:
+        return self.media.sizes(keys)
+
+
+def base_media(media: Media) -> Media:
+    """Return what reads the files of a medium."""
+    return media.media if isinstance(media, RenamedMedia) else media
+
+
+def moved_media(media: Media, base: Media) -> Media:
+    """Return a medium with the same names whose files are read by `base`."""
+    return replace(media, media=base) if isinstance(media, RenamedMedia) else base
+
+
+def media_below(root: AnyPath, allowed: Sequence[AnyPath] = ()) -> Media:
+    """Return the media of keys that are names below a folder or a URL of object storage.
+
+    Args:
+        root: The folder or URL.
+        allowed: Further folders that links may lead to. The files of a snapshot of a model hub are
+            links into the folder `blobs` of its repository, which is always allowed.
+    """
     location = as_place(root, "root")
-    return (
-        ObjectMedia(str(location)) if is_object_url(location) else FolderMedia(root=Path(location))
-    )
+    if is_object_url(location):
+        return ObjectMedia(str(location))
+    folder = Path(location)
+    folders = [as_path(place, "allow_root") for place in allowed]
+    return FolderMedia(root=folder, allowed=(*folders, *_hub_blobs(folder)))
 
 
-def media_at(place: str) -> Media:
+def _hub_blobs(folder: Path) -> list[Path]:
+    """Return the folder of files that a snapshot of a hub links to: REPO/snapshots/REVISION."""
+    parents = Path(os.path.abspath(folder)).parents
+    blobs = [parent.parent / "blobs" for parent in parents if parent.name == "snapshots"]
+    return [path for path in blobs if path.is_dir()]
+
+
+def media_at(place: str, allowed: Sequence[AnyPath] = ()) -> Media:
     """Return the media at a recorded place, or `NoMedia` where there is no such folder any more."""
     if is_object_url(place) or (place and Path(place).is_dir()):
-        return media_below(place)
+        return media_below(place, allowed)
     return NoMedia()
 
 
@@ -234,8 +305,13 @@ class TarMedia:
         return [self.members[key].size if key in self.members else None for key in keys]
 
 
-def resolve_below(key: str, root: Path) -> Path:
+def resolve_below(key: str, root: Path, allowed: Sequence[Path] = ()) -> Path:
     """Return the real path of `key`; symbolic links are followed and must stay below `root`.
+
+    Args:
+        key: Path below `root`.
+        root: The folder of the images.
+        allowed: Further folders that the real path may be in.
 
     Raises:
         RowError: outside-root, missing.
@@ -251,11 +327,13 @@ def resolve_below(key: str, root: Path) -> Path:
             f"{key!r} holds a lone surrogate, which no file name can",
         ) from None
     # Compared after links are resolved, so that a link below the root cannot lead outside.
-    if os.path.commonpath([base, path]) != base:
-        raise RowError(
-            "outside-root",
-            f"{key} leads outside {root}; give --root for absolute paths",
-        )
+    bases = [base, *map(os.path.realpath, allowed)]
+    if not any(os.path.commonpath([parent, path]) == parent for parent in bases):
+        is_link = os.path.commonpath([base, os.path.abspath(os.path.join(base, key))]) == base
+        remedy = "add --root for absolute paths"
+        if is_link:
+            remedy = f"it is a link to {path}: allow its folder with --allow-root"
+        raise RowError("outside-root", f"{key} leads outside {root}; {remedy}")
     return Path(path)
 
 
@@ -269,7 +347,7 @@ def read_file(path: Path, key: str) -> bytes:
         status = os.stat(path)
         # Reading a pipe or a device could block forever.
         if not stat.S_ISREG(status.st_mode):
-            raise RowError("not-a-file", f"{key} is no regular file")
+            raise RowError("not-a-file", f"{key} is not a regular file")
         check_bytes(status.st_size, key)
         return path.read_bytes()
     except FileNotFoundError:
@@ -278,7 +356,7 @@ def read_file(path: Path, key: str) -> bytes:
         raise RowError("missing", f"{key}: {error.strerror}") from None
     except ValueError as error:
         # The path has a NUL byte or a lone surrogate.
-        raise RowError("missing", f"{key!r} is no name of a file: {error}") from None
+        raise RowError("missing", f"{key!r} is not the name of a file: {error}") from None
 
 
 def check_bytes(size: int, key: str) -> None:

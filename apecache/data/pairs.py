@@ -1,11 +1,13 @@
 """Define pairs of images and captions: one image with all its captions, its split and its label."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
-from apecache.data.media import Media, NoMedia
+from apecache.data.media import Media, NoMedia, RenamedMedia
+from apecache.data.pixels import PixelRules
 from apecache.errors import ManifestError
 from apecache.fingerprint import digest_strings
 
@@ -34,6 +36,7 @@ class SourceFields:
 
     image: str | None = None
     caption: str | None = None
+    key: str | None = None
     split: str | None = None
     label: str | None = None
     language: str | None = None
@@ -46,6 +49,7 @@ class SourceFields:
         roles = {
             "image": self.image,
             "caption": self.caption,
+            "key": self.key,
             "split": self.split,
             "label": self.label,
             "language": self.language,
@@ -62,7 +66,8 @@ class PairSource:
     """Hold the pairs of a source; the same table gives the same `digest`, wherever it is stored.
 
     Rows of images are numbered in the order of their first appearance, captions (texts) image by
-    image. `origin`, `media` and `fields` are not part of the source's identity.
+    image. Fields that are not compared are not part of the source's identity, except for the scale
+    of `pixels`: it changes what the images are.
     """
 
     pairs: tuple[Pair, ...]
@@ -72,6 +77,12 @@ class PairSource:
     """Reads the bytes of its images."""
     fields: SourceFields = field(default=SourceFields(), compare=False)
     """Which columns have which role."""
+    skipped: Mapping[str, int] = field(default_factory=dict, compare=False)
+    """Number of files, members or values that were left out, by reason."""
+    pixels: PixelRules = field(default=PixelRules(), compare=False)
+    """How the files become pixels."""
+    options: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Options that open the source again."""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -102,8 +113,10 @@ class PairSource:
 
     @cached_property
     def digest(self) -> str:
-        """Return the hash of keys, captions, languages, splits and labels, in order."""
-        return digest_strings(chain.from_iterable(map(_identity, self.pairs)))
+        """Return the hash of keys, captions, languages, splits, labels and the scale, in order."""
+        scale = self.pixels.scale
+        scale_text = [] if scale is None else [f"scale {scale[0]:g},{scale[1]:g}"]
+        return digest_strings(chain(scale_text, *map(_identity, self.pairs)))
 
 
 def _identity(pair: Pair) -> tuple[str, ...]:
@@ -119,21 +132,51 @@ class TableRow:
     line: int
     """1-based number of the row."""
     image: str
+    """Name of the image to the media."""
     captions: tuple[str, ...]
     split: str
     language: str
     label: str
+    key: str = ""
+    """Name of the image to the user; empty if it is that of the media."""
+
+    @property
+    def name(self) -> str:
+        """Return the name of the image to the user; rows of one name are joined."""
+        return self.key or self.image
+
+
+def source_of_rows(
+    rows: Sequence[TableRow],
+    origin: str,
+    media: Media,
+    fields: SourceFields,
+) -> PairSource:
+    """Join the rows of a table to a source.
+
+    Raises:
+        ManifestError: One image is in two splits, has two labels, or two files.
+    """
+    pairs = join_rows(rows, origin)
+    image_of_key = {row.name: row.image for row in rows}
+    if any(key != image for key, image in image_of_key.items()):
+        media = RenamedMedia(media=media, names=image_of_key)
+    without_captions = sum(not row.captions for row in rows)
+    skipped = {}
+    if fields.caption is not None and without_captions:
+        skipped["rows without a caption"] = without_captions
+    return PairSource(pairs, origin=origin, media=media, fields=fields, skipped=skipped)
 
 
 def join_rows(rows: Sequence[TableRow], where: str) -> tuple[Pair, ...]:
-    """Group rows by image, keeping the order of first appearance.
+    """Group rows by key, keeping the order of first appearance.
 
     Raises:
-        ManifestError: One image is in two splits or has two labels.
+        ManifestError: One image is in two splits, has two labels, or two files.
     """
     grouped: dict[str, list[TableRow]] = {}
     for row in rows:
-        grouped.setdefault(row.image, []).append(row)
+        grouped.setdefault(row.name, []).append(row)
     return tuple(_pair(key, group, where) for key, group in grouped.items())
 
 
@@ -143,6 +186,7 @@ def _pair(key: str, rows: list[TableRow], location: str) -> Pair:
     first = rows[0]
     for row in rows[1:]:
         for field_name, row_value, first_value in (
+            ("file", row.image, first.image),
             ("split", row.split, first.split),
             ("label", row.label, first.label),
         ):

@@ -1,23 +1,45 @@
-"""Open Parquet tables of images.
+"""Open Parquet tables of images, in one file or several.
 
-A column has paths of images, or the images themselves: as bytes, or as structs of bytes and path
-(Hugging Face).
+A column has paths of images, or the images themselves: as bytes, as structs of bytes and path
+(Hugging Face), or as lists of either, of which the first image counts.
 """
 
 import json
-import threading
-from collections import OrderedDict
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from apecache.data.columns import Columns, choose_columns, image_keys, source_fields, to_row
-from apecache.data.media import check_bytes, media_below
-from apecache.data.pairs import PairSource, SourceFields, TableRow, join_rows
-from apecache.data.spec import OpenSpec, require_only
+from apecache.data.columns import (
+    Columns,
+    choose_columns,
+    image_keys,
+    source_fields,
+    to_row,
+    with_class_label,
+    with_only_image,
+)
+from apecache.data.media import FolderMedia, media_below
+from apecache.data.pairs import PairSource, SourceFields, TableRow, source_of_rows
+from apecache.data.paths import part_names
+from apecache.data.row_groups import (
+    ParquetRow,
+    RowGroups,
+    TableMedia,
+    is_list,
+    one_line,
+)
+from apecache.data.spec import (
+    COLUMN_OPTIONS,
+    FILE_OPTIONS,
+    SPLITS,
+    OpenSpec,
+    distinct_splits,
+    require_only,
+)
 from apecache.errors import (
     ApecacheError,
     ManifestError,
@@ -33,147 +55,79 @@ if TYPE_CHECKING:
 
 MAX_GROUP_BYTES = 1 << 30
 """Largest row group of images. A row group is decoded whole, so larger ones are refused."""
-
-GROUPS_KEPT = 2
-"""Number of decoded row groups in memory. Images are read almost in order, so that reads at one
-time span at most two."""
-
+SPLIT_NAME = re.compile(rf"({'|'.join(SPLITS)})(?:[-_.].*)?")
+"""Name of a part on a hub: `train-00000-of-00002`."""
+FURTHER_IMAGES = "further images of a row"
 
 T = TypeVar("T")
 
 
-class ParquetRow(NamedTuple):
-    """Locate a row of a Parquet file: its row group, and its number inside the group."""
-
-    group: int
-    row: int
-
-
 @dataclass(frozen=True, kw_only=True)
-class TableMedia:
-    """Read images from a column of a Parquet file."""
+class ParquetParts:
+    """Hold the files of one table."""
 
-    groups: "RowGroups"
-    places: Mapping[str, ParquetRow]
-    """The row of each key."""
+    paths: tuple[Path, ...]
+    origin: str
+    """How the user named the table."""
+    splits: tuple[str, ...]
+    """Split of each file; empty where its name says nothing."""
 
     @property
-    def place(self) -> str:
-        return str(self.groups.path.resolve())
-
-    def read(self, key: str) -> bytes:
-        if key not in self.places:
-            raise RowError("missing", f"{key}: its row has no image")
-        return self.groups.read(self.places[key], key)
-
-    def exists(self, key: str) -> bool:
-        return key in self.places
-
-    def sizes(self, keys: Sequence[str]) -> list[int | None]:
-        """Return the sizes, by decoding each row group once: Parquet does not record them."""
-        groups = {self.places[key].group for key in keys if key in self.places}
-        sizes_by_group: dict[int, list[int | None]] = {}
-        for group in sorted(groups):
-            sizes_by_group[group] = self.groups.sizes(group)
-        return [self._size(key, sizes_by_group) for key in keys]
-
-    def _size(self, key: str, sizes_by_group: Mapping[int, Sequence[int | None]]) -> int | None:
-        if key not in self.places:
-            return None
-        group, row = self.places[key]
-        group_sizes = sizes_by_group[group]
-        return group_sizes[row] if row < len(group_sizes) else None
+    def names(self) -> list[str]:
+        """Return a name for each file, and an empty one for a single file."""
+        return part_names(self.paths) if len(self.paths) > 1 else [""]
 
 
-class RowGroups:
-    """Decode row groups of one column, and keep the last few.
-
-    One thread decodes while others wait for it. A pickle holds no decoded group.
-
-    Args:
-        path: The Parquet file.
-        column: The column of bytes: `a`, or the field `a.bytes` of a struct.
-    """
-
-    def __init__(self, path: Path, column: str) -> None:
-        self.path = path
-        self.column = column
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[int, Any] = OrderedDict()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RowGroups, (self.path, self.column)
-
-    def read(self, place: ParquetRow, key: str) -> bytes:
-        """Return the bytes of one image; raises as `Media.read` does."""
-        import pyarrow as pa
-
-        try:
-            value = self._column_of(place.group)[place.row].as_py()
-        except (OSError, IndexError, pa.ArrowException) as error:
-            raise RowError("missing", f"{key}: {self.path}: {one_line(error)}") from None
-        data: bytes | None = value["bytes"] if isinstance(value, dict) else value
-        if data is None:
-            raise RowError("missing", f"{key}: its row has no image")
-        check_bytes(len(data), key)
-        return data
-
-    def sizes(self, group: int) -> list[int | None]:
-        """Return the number of bytes of each image of a row group, None where a row has none.
-
-        The list is empty for a group that cannot be decoded.
-        """
-        import pyarrow as pa
-        from pyarrow import compute
-
-        try:
-            column = self._column_of(group)
-            is_struct = pa.types.is_struct(column.type)
-            images = compute.struct_field(column, "bytes") if is_struct else column
-            return list(compute.binary_length(images).to_pylist())
-        except (OSError, IndexError, pa.ArrowException):
-            return []
-
-    def _column_of(self, group: int) -> Any:
-        with self._lock:
-            # The oldest group is dropped before the next is decoded, which limits the memory.
-            if group not in self._kept:
-                while len(self._kept) >= GROUPS_KEPT:
-                    self._kept.popitem(last=False)
-                self._kept[group] = _read_group(self.path, group, self.column)
-            self._kept.move_to_end(group)
-            return self._kept[group]
+def parts_of(paths: Sequence[Path], origin: str) -> ParquetParts:
+    """Return the files of a table, with the splits that the names of files or folders say."""
+    split_names = [_split_name(path) for path in paths]
+    # One file of a name such as test.parquet is all that there is, and not a split of it.
+    if len(paths) == 1:
+        split_names = [""]
+    split_of = distinct_splits(split_names)
+    splits = tuple(split_of[name] for name in split_names)
+    return ParquetParts(paths=tuple(paths), origin=origin, splits=splits)
 
 
-def _read_group(path: Path, group: int, column: str) -> Any:
-    from pyarrow.parquet import ParquetFile
+def _split_name(path: Path) -> str:
+    match = SPLIT_NAME.fullmatch(path.stem)
+    if match:
+        return match[1]
+    return path.parent.name if path.parent.name in SPLITS else ""
 
-    with ParquetFile(path) as file:
-        return file.read_row_group(group, columns=[column]).column(0)
 
-
-def open_parquet(path: Path, spec: OpenSpec) -> PairSource:
+def open_parquet(parts: ParquetParts, spec: OpenSpec) -> PairSource:
     """Open a whole table.
 
     Images in the table have the path in their struct as key, or else their 0-based row number (see
-    `image_keys`).
+    `image_keys`), with the file's name in front where there are several.
 
     Raises:
         MissingExtraError: pyarrow is not installed.
-        ManifestError: The file is not Parquet or is truncated, a column is missing or ambiguous, a
-            key is empty, or there are no rows.
+        ManifestError: A file is not Parquet or is truncated, a column is missing or ambiguous, or
+            there are no rows.
     """
-    with _opened(path) as file:
-        columns = choose_columns(file.schema_arrow.names, path, spec)
-        column_kind = _kind(file.schema_arrow.field(columns.image).type, columns.image, path)
-        leaf = f"{columns.image}.bytes" if column_kind == "struct" else columns.image
-        if column_kind == "bytes" or (column_kind == "struct" and _has_bytes(file, columns.image)):
-            require_only(spec, path, "image_column", "caption_column", "split_column")
-            return _with_images(file, columns=columns, path=path, leaf=leaf)
-        rows = _rows_with_paths(file, columns=columns, column_kind=column_kind, path=path)
-        fields = source_fields(columns, file.schema_arrow.names)
-    media = media_below(spec.root or path.parent)
-    return PairSource(join_rows(rows, str(path)), origin=str(path), media=media, fields=fields)
+    tables = [_read_part(path, spec) for path in parts.paths]
+    names = list(dict.fromkeys(name for table in tables for name in table.names))
+    first = tables[0]
+    fields = source_fields(first.columns, names)
+    if first.columns.split is None and any(parts.splits):
+        fields = replace(fields, split="file")
+    folder = Path(os.path.commonpath([path.absolute().parent for path in parts.paths]))
+    if any(table.has_images for table in tables):
+        require_only(spec, parts.origin, *COLUMN_OPTIONS)
+        return _with_images(parts, tables=tables, fields=fields, folder=folder)
+    require_only(spec, parts.origin, *COLUMN_OPTIONS, *FILE_OPTIONS)
+    rows = []
+    for table, split in zip(tables, parts.splits, strict=True):
+        for row in table.rows(table.paths):
+            rows.append(replace(row, split=row.split or split))
+    return source_of_rows(
+        _require_rows(rows, parts.origin),
+        origin=parts.origin,
+        media=media_below(spec.root or folder, spec.allow_root),
+        fields=fields,
+    )
 
 
 def parquet_rows(path: Path, spec: OpenSpec) -> tuple[list[TableRow], SourceFields]:
@@ -183,22 +137,61 @@ def parquet_rows(path: Path, spec: OpenSpec) -> tuple[list[TableRow], SourceFiel
         MissingExtraError: pyarrow is not installed.
         ManifestError: As `open_parquet` raises, or the table has the images themselves.
     """
+    table = _read_part(path, spec)
+    if table.has_images:
+        raise ManifestError(
+            f"{path}: column {table.columns.image!r} holds images; expected names of files: give "
+            "the table"
+        )
+    rows = list(table.rows(table.paths))
+    return _require_rows(rows, path), source_fields(table.columns, table.names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PartTable:
+    """Hold what is read of one file: all but its images."""
+
+    path: Path
+    names: list[str]
+    columns: Columns
+    records: list[dict[str, Any]]
+    """Values by column, without the column of images."""
+    paths: list[str | None]
+    """Path of each row's image, if it has one."""
+    has_images: bool
+    """Whether any row holds its image."""
+    group_rows: list[int]
+    """Number of rows of each row group."""
+    n_further: int
+    """Number of images that are not the first of their row."""
+
+    def rows(self, keys: Sequence[str | None]) -> Iterator[TableRow]:
+        """Yield the rows, with these names of images."""
+        for line, (record, key) in enumerate(zip(self.records, keys, strict=True), 1):
+            named = {**record, self.columns.image: key}
+            yield to_row(line, record=named, columns=self.columns, where=self.path)
+
+
+def _read_part(path: Path, spec: OpenSpec) -> _PartTable:
     with _opened(path) as file:
-        columns = choose_columns(file.schema_arrow.names, path, spec)
-        column_kind = _kind(file.schema_arrow.field(columns.image).type, columns.image, path)
-        if column_kind != "path":
-            raise ManifestError(
-                f"{path}: column {columns.image!r} holds images; expected names of files: "
-                "give the table"
-            )
-        return _rows_with_paths(
-            file,
-            columns=columns,
-            column_kind=column_kind,
+        schema = file.schema_arrow
+        classes = _class_names(schema)
+        spec = with_class_label(spec, schema.names, list(classes))
+        spec = with_only_image(spec, [field.name for field in schema if _holds_images(field.type)])
+        columns = choose_columns(schema.names, path, spec)
+        column_type = _value_type(schema.field(columns.image).type)
+        _require_images(column_type, columns.image, path)
+        has_images = _is_binary(column_type) or _has_bytes(file, columns.image)
+        paths, n_further = _paths(file, columns.image, column_type)
+        return _PartTable(
             path=path,
-        ), source_fields(
-            columns,
-            file.schema_arrow.names,
+            names=list(schema.names),
+            columns=columns,
+            records=list(_records(file, columns, classes)),
+            paths=paths,
+            has_images=has_images,
+            group_rows=_group_rows(file, path) if has_images else [],
+            n_further=n_further,
         )
 
 
@@ -222,59 +215,80 @@ def _opened(path: Path) -> Iterator[Any]:
         ) from None
 
 
-def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-def _kind(column_type: "pa.DataType", name: str, path: Path) -> str:
-    """Return how a column holds images: as "path", "bytes", or "struct" of both."""
+def _value_type(column_type: "pa.DataType") -> "pa.DataType":
+    """Return the type of the images of a column: of its values, or of the elements of its lists."""
     from pyarrow import types
 
-    value_type = column_type.value_type if types.is_dictionary(column_type) else column_type
-    if (
-        types.is_string(value_type)
-        or types.is_large_string(value_type)
-        or types.is_string_view(value_type)
-    ):
-        return "path"
-    if (
+    if is_list(column_type):
+        return _value_type(column_type.value_type)
+    return column_type.value_type if types.is_dictionary(column_type) else column_type
+
+
+def _is_binary(value_type: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    return bool(
         types.is_binary(value_type)
         or types.is_large_binary(value_type)
         or types.is_binary_view(value_type)
-    ):
-        return "bytes"
-    if (
+        or types.is_fixed_size_binary(value_type)
+    )
+
+
+def _is_struct(value_type: "pa.DataType") -> bool:
+    from pyarrow import types
+
+    return bool(
         types.is_struct(value_type)
         and min(value_type.get_field_index("bytes"), value_type.get_field_index("path")) >= 0
-    ):
-        return "struct"
-    raise ManifestError(
-        f"{path}: column {name!r} is {str(column_type)[:60]}; expected paths of images, their "
-        "bytes, or structs of both"
     )
+
+
+def _holds_images(column_type: "pa.DataType") -> bool:
+    value_type = _value_type(column_type)
+    return _is_binary(value_type) or _is_struct(value_type)
+
+
+def _require_images(value_type: "pa.DataType", name: str, path: Path) -> None:
+    from pyarrow import types
+
+    is_text = (
+        types.is_string(value_type)
+        or types.is_large_string(value_type)
+        or types.is_string_view(value_type)
+    )
+    if not (is_text or _is_binary(value_type) or _is_struct(value_type)):
+        raise ManifestError(
+            f"{path}: column {name!r} is {str(value_type)[:60]}; expected paths of images, their "
+            "bytes, or structs of both; choose another with --image-column"
+        )
 
 
 def _records(
     file: "pq.ParquetFile",
-    names: Sequence[str],
-    label: str | None,
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (1-based row, values by name) of some columns.
+    columns: Columns,
+    classes: Mapping[str, Sequence[str]],
+) -> Iterator[dict[str, Any]]:
+    """Yield the values of all columns but the images', with class labels as names."""
+    names = [name for name in columns.names if name in file.schema_arrow.names]
+    if not names:
+        yield from ({} for _ in range(file.metadata.num_rows))
+        return
+    batches = file.iter_batches(columns=names)
+    for record in _all(file, (record for batch in batches for record in batch.to_pylist())):
+        for name in names:
+            record[name] = class_name(record[name], classes.get(name))
+        yield record
 
-    Args:
-        file: The table.
-        names: Columns to read; `a.b` reads one field of a struct.
-        label: The column of labels, whose numbers become names if the table has the names.
+
+def class_name(value: Any, names: Sequence[str] | None) -> Any:
+    """Return the name of a class label; other values stay as they are.
+
+    Hugging Face's library writes -1 for a row without a label.
     """
-    classes = _class_names(file.schema_arrow, label)
-    batches = file.iter_batches(columns=list(names))
-    records = (record for batch in batches for record in batch.to_pylist())
-    for number, record in enumerate(_all(file, records), 1):
-        if label and isinstance(record[label], int):
-            record[label] = classes.get(record[label], record[label])
-        yield number, record
+    if names is None or not isinstance(value, int):
+        return value
+    return names[value] if 0 <= value < len(names) else None
 
 
 def _all(file: "pq.ParquetFile", values: Iterable[T]) -> Iterator[T]:
@@ -292,107 +306,133 @@ def _all(file: "pq.ParquetFile", values: Iterable[T]) -> Iterator[T]:
         raise ValueError(f"a column has {count} rows, the table {n_rows}")
 
 
-def _class_names(schema: "pa.Schema", label: str | None) -> dict[int, str]:
-    """Return the names of class labels by number.
+def _class_names(schema: "pa.Schema") -> dict[str, list[str]]:
+    """Return the names of the classes of each column that holds class labels.
 
     Hugging Face's library writes them into the schema's metadata; other tables have none.
     """
     try:
         metadata = schema.metadata or {}
-        info = json.loads(metadata[b"huggingface"])["info"]
-        class_names = info["features"][label]["names"]
-        return {number: str(name) for number, name in enumerate(class_names)}
-    except (KeyError, TypeError, ValueError):
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        named: dict[str, list[str]] = {}
+        for column, feature in features.items():
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+                named[column] = [str(name) for name in feature["names"]]
+        return named
+    except (KeyError, TypeError, ValueError, AttributeError):
         return {}
 
 
-def _rows_with_paths(
-    file: "pq.ParquetFile",
-    columns: Columns,
-    column_kind: str,
-    path: Path,
-) -> list[TableRow]:
-    image_column = columns.image if column_kind == "path" else f"{columns.image}.path"
-    names = [image_column, *columns.names]
-    rows = []
-    for line, record in _records(file, names, columns.label):
-        image = record.get(columns.image)
-        image_path = image["path"] if isinstance(image, dict) else image
-        rows.append(
-            to_row(line, record={**record, columns.image: image_path}, columns=columns, where=path)
-        )
-    return _require_rows(rows, path)
-
-
-def _require_rows(rows: list[TableRow], path: Path) -> list[TableRow]:
+def _require_rows(rows: list[TableRow], location: object) -> list[TableRow]:
     if not rows:
         raise ManifestError(
-            f"{path}: the table has columns but no rows; expected a row for every image"
+            f"{location}: the table has columns but no rows; expected a row for every image"
         )
     return rows
 
 
-def _with_images(file: "pq.ParquetFile", columns: Columns, path: Path, leaf: str) -> PairSource:
+def _with_images(
+    parts: ParquetParts,
+    tables: Sequence[_PartTable],
+    fields: SourceFields,
+    folder: Path,
+) -> PairSource:
     """Open a table that holds its images; bytes are read only where a path is repeated."""
-    row_places = _places(file, path)
-    groups = RowGroups(path, leaf)
-
-    def digest(row: int) -> str:
-        try:
-            return content_hash(groups.read(row_places[row], str(row)))
-        except RowError:
-            return ""
-
-    numbers = list(map(str, range(len(row_places))))
-    keys = image_keys(_paths(file, columns.image), numbers, digest)
-    first: dict[str, ParquetRow] = {}
+    row_places: list[ParquetRow] = []
+    numbers: list[str] = []
+    paths: list[str | None] = []
+    for file, (table, name) in enumerate(zip(tables, parts.names, strict=True)):
+        first_row = len(row_places)
+        for group, n_rows in enumerate(table.group_rows):
+            row_places += [ParquetRow(file, group, row) for row in range(n_rows)]
+        prefix = f"{name}/" if name else ""
+        numbers += [f"{prefix}{row}" for row in range(len(row_places) - first_row)]
+        paths += table.paths
+    groups = RowGroups(parts.paths, tables[0].columns.image)
+    keys = image_keys(paths, numbers, lambda row: _digest(groups, row_places[row]))
+    places: dict[str, ParquetRow] = {}
     for key, row_place in zip(keys, row_places, strict=True):
-        first.setdefault(key, row_place)
-    numbered: Iterable[tuple[int, dict[str, Any]]] = ((row, {}) for row in range(1, len(keys) + 1))
-    records = _records(file, columns.names, columns.label) if columns.names else numbered
-    rows = []
-    for (line, record), key in zip(records, keys, strict=True):
-        named = {**record, columns.image: key}
-        rows.append(to_row(line, record=named, columns=columns, where=path))
-    fields = source_fields(columns, file.schema_arrow.names)
-    pairs = join_rows(_require_rows(rows, path), str(path))
-    return PairSource(
-        pairs,
-        origin=str(path),
-        media=TableMedia(groups=groups, places=first),
+        places.setdefault(key, row_place)
+    rows: list[TableRow] = []
+    remaining = iter(keys)
+    for table, split in zip(tables, parts.splits, strict=True):
+        part_keys = [next(remaining) for _ in table.records]
+        rows += [replace(row, split=row.split or split) for row in table.rows(part_keys)]
+    source = source_of_rows(
+        _require_rows(rows, parts.origin),
+        origin=parts.origin,
+        media=TableMedia(groups=groups, places=places, files=FolderMedia(root=folder)),
         fields=fields,
     )
+    n_further = sum(table.n_further for table in tables)
+    further = {FURTHER_IMAGES: n_further} if n_further else {}
+    return replace(source, skipped={**source.skipped, **further})
+
+
+def _digest(groups: RowGroups, place: ParquetRow) -> str:
+    try:
+        image = groups.read(place, str(place.row))
+        return content_hash(image)
+    except RowError:
+        return ""
+
+
+def _leaf(file: "pq.ParquetFile", column: str, name: str) -> str | None:
+    """Return the full name of a field of the structs of a column; None if it has none.
+
+    The name of a list's elements differs between writers: `images.list.element.path`.
+    """
+    leaves = [file.schema.column(index).path for index in range(len(file.schema))]
+    prefix, suffix = f"{column}.", f".{name}"
+    matching = (leaf for leaf in leaves if leaf.startswith(prefix) and leaf.endswith(suffix))
+    return next(matching, None)
 
 
 def _has_bytes(file: "pq.ParquetFile", column: str) -> bool:
     """Return whether any struct has bytes; if none has, the paths name files."""
+    leaf = _leaf(file, column, "bytes")
+    if leaf is None:
+        return False
     # Small batches, because the first image usually decides.
-    batches = file.iter_batches(columns=[f"{column}.bytes"], batch_size=64)
-    for batch in batches:
-        images = batch.column(0).to_pylist()
-        if any(image and image["bytes"] is not None for image in images):
-            return True
+    for batch in file.iter_batches(columns=[leaf], batch_size=64):
+        for value in batch.column(0).to_pylist():
+            images = value if isinstance(value, list) else [value]
+            if any(image and image["bytes"] is not None for image in images):
+                return True
     return False
 
 
-def _paths(file: "pq.ParquetFile", column: str) -> list[str | None]:
-    """Return the path in each row's struct, if there is one."""
-    if not hasattr(file.schema_arrow.field(column).type, "get_field_index"):
-        return [None] * int(file.metadata.num_rows)
-    batches = file.iter_batches(columns=[f"{column}.path"])
-    images = (image for batch in batches for image in batch.column(0).to_pylist())
-    return [image and image["path"] for image in _all(file, images)]
+def _paths(
+    file: "pq.ParquetFile",
+    column: str,
+    value_type: "pa.DataType",
+) -> tuple[list[str | None], int]:
+    """Return the path of each row's image, if there is one, and the number of further images."""
+    has_lists = is_list(file.schema_arrow.field(column).type)
+    leaf = _leaf(file, column, "path") if _is_struct(value_type) else column
+    if _is_binary(value_type) and not has_lists:
+        return [None] * int(file.metadata.num_rows), 0
+    paths: list[str | None] = []
+    n_further = 0
+    batches = file.iter_batches(columns=[leaf], batch_size=1024)
+    for value in _all(file, (value for batch in batches for value in batch.column(0).to_pylist())):
+        images = value if isinstance(value, list) else [value]
+        n_further += max(0, len(images) - 1)
+        image = images[0] if images else None
+        path = image["path"] if isinstance(image, dict) else image
+        paths.append(path if isinstance(path, str) else None)
+    return paths, n_further
 
 
-def _places(file: "pq.ParquetFile", path: Path) -> list[ParquetRow]:
-    """Return the place of every row.
+def _group_rows(file: "pq.ParquetFile", path: Path) -> list[int]:
+    """Return the number of rows of each row group.
 
     Raises:
         ManifestError: A row group is too large to be decoded whole.
     """
     # The footer also describes single columns, but pyarrow aborts the process on a damaged
     # description: only the row group's own size is read.
-    row_places: list[ParquetRow] = []
+    counts = []
     for group in range(file.metadata.num_row_groups):
         described = file.metadata.row_group(group)
         if described.total_byte_size > MAX_GROUP_BYTES:
@@ -401,5 +441,5 @@ def _places(file: "pq.ParquetFile", path: Path) -> list[ParquetRow]:
                 f"the table with smaller ones (row_group_size=100), at most "
                 f"{MAX_GROUP_BYTES / 1e9:.1f} GB each"
             )
-        row_places += map(partial(ParquetRow, group), range(described.num_rows))
-    return row_places
+        counts.append(int(described.num_rows))
+    return counts

@@ -56,6 +56,7 @@ def open_processes(
     workers: int,
     ahead: int,
     hang_seconds: float,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[Iterator[Result]]:
     """Yield the results of `work` for the positions 0 to `count` - 1, in this order.
 
@@ -66,18 +67,19 @@ def open_processes(
     Args:
         work: Computes one position in a worker.
         count: Number of positions.
-        shapes: Shapes of the float32 tensors of each result. Their memory is used again when the
+        shapes: Shapes of the tensors of each result. Their memory is used again when the
             next result is asked for.
         workers: Number of processes.
         ahead: Largest number of results in front of the consumer.
         hang_seconds: How long a worker may take for one position.
+        dtype: Of all tensors.
 
     Raises:
         RuntimeError: `work` raised; the message has its traceback.
         ApecacheError: The system starts no processes.
     """
     n_workers = max(1, min(workers, count))
-    ring = _Ring(ahead, n_workers, shapes)
+    ring = _Ring(ahead, workers=n_workers, shapes=shapes, dtype=dtype)
     pool = _WorkerPool(work, count=count, ring=ring, hang_seconds=hang_seconds)
     try:
         pool.start()
@@ -94,10 +96,16 @@ class _Ring:
         current: int64 [workers]: the position that each worker has taken, -1 for none.
         lengths: int64 [ahead]: bytes of each slot's message, 0 until it is done.
         messages: uint8 [ahead, MESSAGE_BYTES]: the JSON messages.
-        tensors: float32 [ahead, *shape] for each shape.
+        tensors: [ahead, *shape] for each shape.
     """
 
-    def __init__(self, ahead: int, workers: int, shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        ahead: int,
+        workers: int,
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+    ) -> None:
         self.ahead = ahead
         self.workers = workers
         region_bytes = [
@@ -105,7 +113,7 @@ class _Ring:
             8 * workers,
             8 * ahead,
             MESSAGE_BYTES * ahead,
-            *(4 * ahead * prod(shape) for shape in shapes),
+            *(dtype.itemsize * ahead * prod(shape) for shape in shapes),
         ]
         # Regions start at multiples of 64 bytes: no two of them share a cache line.
         aligned_bytes = [-(-size // 64) * 64 for size in region_bytes]
@@ -120,7 +128,7 @@ class _Ring:
         for start, shape in zip(starts[4:], shapes, strict=False):
             tensor = torch.frombuffer(
                 memory,
-                dtype=torch.float32,
+                dtype=dtype,
                 count=ahead * prod(shape),
                 offset=start,
             )

@@ -1,65 +1,40 @@
-"""Open WebDataset tars, such as img2dataset writes.
+"""Open WebDataset tars, such as img2dataset and clip_benchmark write.
 
 Members whose names differ only in the ending make one sample. One pass over the headers makes the
 index; images are read in place later. A sample's key is its members' name up to the first dot of
-the file name. If one key is in two tars, every key gets its tar's name in front (`00003/000017`),
-so that keys depend on the given tars, not on where among them a key is repeated.
+the file name, by WebDataset's own rule. If one key is in two tars, every key gets its tar's name in
+front (`00003/000017`), so that keys depend on the given tars, not on where among them a key is
+repeated.
 """
 
-import json
 import os
-import re
 import tarfile
-from collections.abc import Container, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, product
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from apecache.data.columns import LANGUAGE_COLUMNS, to_captions, to_text
+from apecache.data.images import REFUSED_SUFFIXES, SUFFIXES
 from apecache.data.media import Member, TarMedia
-from apecache.data.pairs import Pair, PairSource, SourceFields
-from apecache.data.spec import OpenSpec, require_only
-from apecache.errors import ManifestError, counted, nearest, nearest_sibling
+from apecache.data.pairs import PairSource, source_of_rows
+from apecache.data.paths import part_names
+from apecache.data.sidecars import (
+    SIDECAR_OPTIONS,
+    TEXT_ENDINGS,
+    Sidecar,
+    rules_near,
+    sidecar_rows,
+)
+from apecache.data.spec import SPLITS, OpenSpec, distinct_splits, require_only
+from apecache.errors import ManifestError, counted, nearest_sibling
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-TEXTS = ("txt", "caption", "json", "cls")
+IMAGES = tuple(suffix.removeprefix(".") for suffix in (*SUFFIXES, *REFUSED_SUFFIXES))
+WITHOUT_IMAGE = "samples without an image"
+SEVERAL_IMAGES = "samples of several images, none of them KEY.jpg or the like (name --image-ext)"
 MAX_TEXT_BYTES = 1 << 24
-MAX_TARS = 100_000
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 """First bytes of gzip, bzip2, xz and zstd files."""
-
-
-def brace_paths(pattern: str) -> list[Path] | None:
-    """Return the paths that `{00000..00012}` stands for, in order; None if there is no range.
-
-    Raises:
-        ManifestError: A range runs backwards, or there are far too many paths.
-    """
-    bounds = RANGE.findall(pattern)
-    if not bounds:
-        return None
-    ranges = [range(int(first), int(last) + 1) for first, last in bounds]
-    count = 1
-    for number_range in ranges:
-        count *= len(number_range)
-    if not 0 < count <= MAX_TARS:
-        raise ManifestError(
-            f"{pattern}: {counted(count, 'tar')}; expected 1 to {MAX_TARS:,}, written as "
-            "{00000..00012}.tar"
-        )
-    widths = [len(first) for first, _ in bounds]
-    literals = RANGE.split(pattern)[::3]
-    paths = []
-    for range_values in product(*ranges):
-        numbers = [
-            f"{number:0{width}d}" for number, width in zip(range_values, widths, strict=True)
-        ]
-        # There is one literal more than numbers: the text behind the last range.
-        texts = zip(literals, [*numbers, ""], strict=True)
-        paths.append(Path("".join(chain.from_iterable(texts))))
-    return paths
 
 
 @dataclass(kw_only=True)
@@ -77,145 +52,210 @@ class _Sample:
 def open_shards(tars: Sequence[Path], origin: str, spec: OpenSpec) -> PairSource:
     """Open tars; samples are in the order of the tars.
 
-    The caption is the field of `.json` that `spec.caption_column` names, or else `.txt`,
-    `.caption`, or the field `caption` of `.json`. The label is `.cls` or the field `label`.
+    The image is the member of `spec.image_ext`, or else the one that ends in `.jpg` or the like;
+    texts are read as `sidecar_rows` says. Tars in folders called train, val or test have that
+    split.
 
     Raises:
         ManifestError: A tar is missing, compressed, corrupt or truncated, a name is twice in one
             tar, or there is no image.
     """
-    require_only(spec, origin, "caption_column")
+    require_only(spec, origin, *SIDECAR_OPTIONS, "image_ext")
+    reader = _TarReader(spec)
     samples: list[_Sample] = []
     for number, path in enumerate(tars):
-        samples += _samples(path, number)
-    if not any(_image(sample) for sample in samples):
+        samples += reader.samples(path, number)
+    images = {id(sample): reader.image(sample) for sample in samples}
+    if not any(images.values()):
+        members = f"expected members named KEY.{{{','.join(IMAGES[:4])},…}}"
+        left_out = ", ".join(reader.skipped) or "no members"
         raise ManifestError(
-            f"{origin}: no images in {counted(len(tars), 'tar')}; expected members named "
-            f"KEY.{{{','.join(IMAGES)}}}"
+            f"{origin}: no images in {counted(len(tars), 'tar')}, only {left_out}; {members}, or "
+            "name their ending with --image-ext"
         )
+    _make_keys_unique(samples, tars, origin)
+    split_of = distinct_splits(_split_folder(path) for path in tars)
+    splits = [split_of[_split_folder(path)] for path in tars]
+    rules = rules_near(tars[0].parent, spec)
+    sidecars = [_sidecar(sample, tars[sample.tar], splits[sample.tar]) for sample in samples]
+    rows, fields, skipped = sidecar_rows(sidecars, rules=rules, origin=origin, spec=spec)
+    members_by_key = {sample.key: member for sample in samples if (member := images[id(sample)])}
+    media = TarMedia(tars=tuple(tars), members=members_by_key)
+    has_folder_splits = fields.split is None and any(splits)
+    fields = replace(
+        fields,
+        image=spec.image_ext or next(iter(reader.image_endings)),
+        split="folder" if has_folder_splits else fields.split,
+    )
+    source = source_of_rows(rows, origin=origin, media=media, fields=fields)
+    return replace(source, skipped={**source.skipped, **reader.skipped, **skipped})
+
+
+def _split_folder(tar: Path) -> str:
+    return tar.parent.name if tar.parent.name in SPLITS else ""
+
+
+def _make_keys_unique(samples: Sequence[_Sample], tars: Sequence[Path], origin: str) -> None:
+    """Put the names of the tars in front of all keys if any key is in two tars."""
     # All keys change, and not only the repeated ones: see the module's docstring.
-    if len({sample.key for sample in samples}) < len(samples):
-        for sample in samples:
-            sample.key = f"{tars[sample.tar].stem}/{sample.key}"
+    if len({sample.key for sample in samples}) == len(samples):
+        return
+    names = part_names(tars)
+    for sample in samples:
+        sample.key = f"{names[sample.tar]}/{sample.key}"
     keys = [sample.key for sample in samples]
     if len(set(keys)) < len(keys):
-        raise ManifestError(
-            f"{origin}: two tars have the same name and the same keys; give them other names"
-        )
-    members = {sample.key: member for sample in samples if (member := _image(sample))}
-    pairs = tuple(_pair(sample, spec.caption_column, tars[sample.tar]) for sample in samples)
-    return PairSource(
-        pairs,
-        origin=origin,
-        media=TarMedia(tars=tuple(tars), members=members),
-        fields=_fields(samples, spec),
+        raise ManifestError(f"{origin}: a tar is given twice; give each one once")
+
+
+def _sidecar(sample: _Sample, tar: Path, split: str) -> Sidecar:
+    return Sidecar(
+        key=sample.key,
+        location=f"{tar}: {_shown(sample.key)}",
+        texts=sample.texts,
+        split=split,
     )
 
 
-def _fields(samples: Sequence[_Sample], spec: OpenSpec) -> SourceFields:
-    """Return which endings and JSON fields have which role; JSON fields are called `json.FIELD`.
+def split_name(name: str) -> tuple[str, str]:
+    """Split a member's name into the key of its sample and its ending, at the first dot.
 
-    A role counts as filled if any sample has it.
+    That is WebDataset's rule: `photo v1.5.jpg` has the key `photo v1` and the ending `5.jpg`.
     """
-    names: dict[str, None] = {}
-    json_names: dict[str, None] = {}
-    for sample in samples:
-        names |= dict.fromkeys(sample.members)
-        record = _json(sample.texts.get("json"), sample.key)
-        json_names |= dict.fromkeys(f"json.{name}" for name in record)
-    names.pop("json", None)
-    names |= json_names
-    captions: tuple[str, ...] = ("txt", "caption", "json.caption")
-    if spec.caption_column:
-        captions = (f"json.{spec.caption_column}",)
-        names |= dict.fromkeys(captions)
-    languages = [f"json.{name}" for name in LANGUAGE_COLUMNS]
-    fields = SourceFields(
-        image=_first_present(IMAGES, names),
-        caption=_first_present(captions, names),
-        split=_first_present(("json.split",), names),
-        label=_first_present(("cls", "json.label"), names),
-        language=_first_present(languages, names),
-    )
-    used_names = set(fields.taken.values())
-    return replace(fields, unused=tuple(name for name in names if name not in used_names))
-
-
-def _first_present(candidates: Sequence[str], names: Container[str]) -> str | None:
-    return next((name for name in candidates if name in names), None)
-
-
-def _image(sample: _Sample) -> Member | None:
-    ending = _first_present(IMAGES, sample.members)
-    return None if ending is None else sample.members[ending]
-
-
-def _samples(path: Path, number: int) -> Iterator[_Sample]:
-    """Return the samples of one tar, in the order of their first member."""
-    samples: dict[str, _Sample] = {}
-    for name, member, text in _members(path, number):
-        key, ending = _split_name(name)
-        sample = samples.setdefault(key, _Sample(key=key, tar=number))
-        if ending in sample.members:
-            raise ManifestError(
-                f"{path}: {_shown(name)} is there twice; every member of a tar needs its own name"
-            )
-        sample.members[ending] = member
-        if text is not None:
-            sample.texts[ending] = text
-    return iter(samples.values())
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Split a member's name into the key of its sample and its ending."""
     folder, slash, last = name.rpartition("/")
     stem, _, ending = last.partition(".")
     return folder + slash + stem, ending.lower()
 
 
-def _members(path: Path, number: int) -> Iterator[tuple[str, Member, str | None]]:
-    """Yield the name, the place and, for small texts, the content of each image and text."""
-    n_read = 0
-    last = ""
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            total = file.seek(0, os.SEEK_END)
-            for info in archive:
-                # `tarfile` skips over data without a look, so a cut inside it would go unnoticed.
-                if info.offset_data + info.size > total:
-                    raise tarfile.ReadError(f"it ends inside {_shown(info.name)}")
-                n_read += 1
-                last = _shown(info.name)
-                name = info.name.removeprefix("./")
-                if _is_wanted(name, info):
-                    member = Member(number, info.offset_data, info.size)
-                    text = None
-                    if _split_name(name)[1] in TEXTS:
-                        text = _text(file, path=path, name=name, member=member)
-                    yield name, member, text
-            _require_end(file, archive.offset)
-    except tarfile.TarError as error:
-        readable = "nothing of it can be read"
-        if n_read:
-            readable = f"{counted(n_read, 'member')} can be read, the last is {last}"
-        raise ManifestError(
-            f"{path}: {_why(path, error)}; {readable}: copy it again, or leave it out"
-        ) from None
-    except FileNotFoundError:
-        raise ManifestError(f"{path}: no such file{nearest_sibling(path)}") from None
+class _TarReader:
+    """Read the headers and the small texts of tars, and count what is left out.
+
+    Attributes:
+        skipped: Number of members or samples by reason.
+        image_endings: The endings of the images that were taken.
+    """
+
+    def __init__(self, spec: OpenSpec) -> None:
+        self.spec = spec
+        self.skipped: Counter[str] = Counter()
+        self.image_endings: dict[str, None] = {}
+
+    def image(self, sample: _Sample) -> Member | None:
+        """Return the image of a sample.
+
+        It has the ending that is asked for, a usual one, or is the only one whose last part is
+        usual, as in `KEY.5.jpg`.
+        """
+        members = {ending: member for ending, member in sample.members.items() if _is_image(ending)}
+        if self.spec.image_ext is not None:
+            requested = self.spec.image_ext.lower().removeprefix(".")
+            chosen = requested if requested in sample.members else None
+        else:
+            chosen = next((ending for ending in IMAGES if ending in members), None)
+            if chosen is None and len(members) == 1:
+                (chosen,) = members
+        if chosen is None:
+            self.skipped[SEVERAL_IMAGES if members else WITHOUT_IMAGE] += 1
+            return None
+        for ending in members:
+            if ending != chosen:
+                self.skipped[f"further images .{ending}"] += 1
+        self.image_endings[chosen] = None
+        return sample.members[chosen]
+
+    def samples(self, path: Path, number: int) -> list[_Sample]:
+        """Return the samples of one tar, in the order of their first member."""
+        samples: dict[str, _Sample] = {}
+        n_read = 0
+        last = ""
+        try:
+            with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+                total = file.seek(0, os.SEEK_END)
+                for info in archive:
+                    # `tarfile` skips over data without a look: a cut inside it is not noticed.
+                    if info.offset_data + info.size > total:
+                        raise tarfile.ReadError(f"it ends inside {_shown(info.name)}")
+                    n_read += 1
+                    last = _shown(info.name)
+                    name = info.name.removeprefix("./")
+                    if self._is_wanted(name, info):
+                        member = Member(number, info.offset_data, info.size)
+                        self._add(samples, file=file, path=path, name=name, member=member)
+                _require_end(file, archive.offset)
+        except tarfile.TarError as error:
+            readable = "no member can be read"
+            if n_read:
+                readable = f"{counted(n_read, 'member')} can be read, the last is {last}"
+            raise ManifestError(
+                f"{path}: {_why(path, error)}; {readable}: copy it again, or leave it out"
+            ) from None
+        except FileNotFoundError:
+            raise ManifestError(f"{path}: no such file{nearest_sibling(path)}") from None
+        return list(samples.values())
+
+    def _add(
+        self,
+        samples: dict[str, _Sample],
+        file: BinaryIO,
+        path: Path,
+        name: str,
+        member: Member,
+    ) -> None:
+        """Add a member to its sample."""
+        key, ending = split_name(name)
+        sample = samples.setdefault(key, _Sample(key=key, tar=member.tar))
+        if ending in sample.members:
+            raise ManifestError(
+                f"{path}: {_shown(name)} is there twice; every member of a tar needs its own name"
+            )
+        sample.members[ending] = member
+        role = self._text_role(ending)
+        if role is None:
+            return
+        # `KEY.txt` comes before `KEY.5.txt`, whichever is first in the tar.
+        if role in sample.texts:
+            self.skipped[f"further texts .{ending}"] += 1
+        if role not in sample.texts or ending == role:
+            sample.texts[role] = _text(file, path=path, name=name, member=member)
+
+    def _text_role(self, ending: str) -> str | None:
+        """Return the usual ending of a text; None if it is not one."""
+        last = ending.rpartition(".")[2]
+        if self.spec.caption_ext is not None:
+            requested = self.spec.caption_ext.lower().removeprefix(".")
+            if ending == requested:
+                return "txt"
+            return last if last in ("json", "cls") and last == ending else None
+        return last if last in TEXT_ENDINGS else None
+
+    def _is_wanted(self, name: str, info: tarfile.TarInfo) -> bool:
+        if info.isdir():
+            return False
+        segments = name.split("/")
+        hidden = any(text.startswith((".", "__")) and text != ".." for text in segments)
+        ending = split_name(name)[1]
+        requested = (self.spec.image_ext, self.spec.caption_ext)
+        is_requested = ending in [text.lower().removeprefix(".") for text in requested if text]
+        usual = _is_image(ending) or self._text_role(ending) is not None
+        reason = ""
+        if hidden:
+            reason = "hidden members"
+        elif not info.isreg() or info.issparse():
+            reason = "members that are links or not files"
+        elif not (usual or is_requested):
+            reason = f"members .{ending}" if ending else "members without an ending"
+        if reason:
+            self.skipped[_shown(reason)] += 1
+        return not reason
+
+
+def _is_image(ending: str) -> bool:
+    return ending.rpartition(".")[2] in IMAGES
 
 
 def _shown(name: str) -> str:
     """Return a name for an error message of one line."""
     return name if name.isprintable() else repr(name)
-
-
-def _is_wanted(name: str, info: tarfile.TarInfo) -> bool:
-    hidden = any(segment.startswith((".", "__")) and segment != ".." for segment in name.split("/"))
-    if hidden or not info.isreg() or info.issparse():
-        return False
-    _, ending = _split_name(name)
-    return ending in (*IMAGES, *TEXTS)
 
 
 def _require_end(file: BinaryIO, offset: int) -> None:
@@ -257,47 +297,3 @@ def _text(file: BinaryIO, path: Path, name: str, member: Member) -> str:
         raise ManifestError(
             f"{path}: {_shown(name)}: not UTF-8 (byte {error.start + 1}); write texts as UTF-8"
         ) from None
-
-
-def _pair(sample: _Sample, column: str | None, tar: Path) -> Pair:
-    location = f"{tar}: {_shown(sample.key)}"
-    described = _json(sample.texts.get("json"), location)
-    text_ending = _first_present(("txt", "caption"), sample.texts)
-    if column is not None and column not in described:
-        field_names = ", ".join(map(_shown, described)) or "none"
-        raise ManifestError(
-            f"{location}: its JSON has no field {column!r}; fields found: "
-            f"{field_names}{nearest(column, described)}"
-        )
-    if column or text_ending is None:
-        captions = to_captions(described.get(column or "caption"), location)
-    else:
-        captions = to_captions(sample.texts[text_ending].rstrip("\r\n"), location)
-    language_field = _first_present(LANGUAGE_COLUMNS, described)
-    language = ""
-    if language_field is not None:
-        language = to_text(described[language_field], location, language_field)
-    label = sample.texts.get("cls", "").strip()
-    if not label:
-        label = to_text(described.get("label"), location, "label")
-    split = to_text(described.get("split"), location, "split")
-    return Pair(
-        key=sample.key,
-        captions=captions,
-        languages=(language,) * len(captions),
-        split=split,
-        label=label,
-    )
-
-
-def _json(text: str | None, location: str) -> dict[str, Any]:
-    """Return the fields of a sample's JSON; none if it has no JSON."""
-    try:
-        record = json.loads(text) if text is not None else {}
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{location}: its .json cannot be read ({error})") from None
-    if not isinstance(record, dict):
-        raise ManifestError(
-            f"{location}: its .json is a {type(record).__name__}; expected an object"
-        )
-    return record

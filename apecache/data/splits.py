@@ -16,7 +16,7 @@ from pathlib import Path
 from apecache.arguments import as_path
 from apecache.data.pairs import PairSource
 from apecache.data.spec import SPLITS, OpenSpec
-from apecache.data.tables import not_utf8
+from apecache.data.text_files import open_text
 from apecache.errors import (
     ManifestError,
     OptionError,
@@ -173,7 +173,8 @@ def read_split_file(path: Path, source: PairSource) -> dict[str, str]:
         if key not in source_keys:
             hint = nearest(key, source.keys[:10_000])
             raise ManifestError(
-                f"{location}: {key!r} is no key of {source.origin}{hint or '; take the line out'}"
+                f"{location}: {key!r} is not a key of {source.origin}"
+                f"{hint or '; take the line out'}"
             )
         if key in splits:
             raise ManifestError(
@@ -215,8 +216,7 @@ def _table_entries(path: Path) -> Iterator[tuple[str, str, str]]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with open_text(path, newline=None) as file:
+            return file.read()
     except FileNotFoundError:
         raise ManifestError(f"{path}: no such split file{nearest_sibling(path)}") from None
-    except UnicodeDecodeError as error:
-        raise ManifestError(not_utf8(path, error)) from None

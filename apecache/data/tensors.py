@@ -9,10 +9,11 @@ import torchvision.io
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from apecache.data.images import decode_image, decode_opened
+from apecache.data.images import DEFAULT_RULES, decode_image, decode_opened
+from apecache.data.pixels import PixelRules
 
 
-def decode_tensor(data: bytes, key: str) -> Tensor:
+def decode_tensor(data: bytes, key: str, rules: PixelRules = DEFAULT_RULES) -> Tensor:
     """Decode the bytes of a file to the pixels that `decode_image` gives.
 
     torchvision decodes plain JPEGs; Pillow decodes everything else, and what torchvision refuses.
@@ -21,17 +22,18 @@ def decode_tensor(data: bytes, key: str) -> Tensor:
         RGB uint8 [3, height, width].
 
     Raises:
-        RowError: not-an-image, too-large, truncated.
+        RowError: As `decode_image` raises.
     """
     decoded = decode_opened(
         data,
         key,
-        lambda opened: _decode_jpeg(data) if _is_plain_jpeg(opened) else None,
+        decode=lambda opened: _decode_jpeg(data) if _is_plain_jpeg(opened) else None,
+        rules=rules,
     )
     # Equal pixels for both: only JPEGs that both libraries decode alike are given to torchvision.
     if decoded is not None:
         return decoded
-    pixels = np.array(decode_image(data, key))
+    pixels = np.array(decode_image(data, key, rules))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -4,19 +4,26 @@ It looks the same whichever library it came from.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from apecache.encoders.spec import EncoderSpec, Pooling
+from apecache.device import float32_products, send
+from apecache.encoders.spec import EncoderSpec, Pooling, Precision
 from apecache.errors import EncoderError
 from apecache.fingerprint import Fingerprint
 
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TORCH_DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 
 State = int | Literal["end", "own"]
 """Where a forward pass is tapped.
@@ -47,6 +54,17 @@ class FeatureTap:
         return self.pool(states_by_name[self.state], mask)
 
 
+@runtime_checkable
+class PixelPreprocess(Protocol):
+    """Preprocess images in two steps, of which the second can run on the encoder's device."""
+
+    def pixels(self, image: Any) -> Tensor:
+        """Return uint8 [3, height, width]."""
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Return float32 [..., 3, height, width] for such pixels, on their device."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoder:
     """Hold a frozen image encoder with its preprocessing and the identity of its features."""
@@ -69,6 +87,12 @@ class ImageEncoder:
     def dim(self) -> int:
         return self.row_shape[-1]
 
+    @property
+    def pixel_preprocess(self) -> PixelPreprocess | None:
+        """Return the preprocessing if it has two steps."""
+        preprocess: object = self.preprocess
+        return preprocess if isinstance(preprocess, PixelPreprocess) else None
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Encode one batch.
 
@@ -78,14 +102,18 @@ class ImageEncoder:
         Returns:
             float32 [n, *row_shape] on the CPU, not normalized.
         """
-        with torch.no_grad():
+        with torch.no_grad(), products_of(self):
             features = self.forward(self.move(pixels))
             return features.float().cpu()
 
     def move(self, pixels: Tensor) -> Tensor:
-        """Return the pixels on the encoder's device, in its dtype."""
+        """Return the pixels on the encoder's device, in its dtype; uint8 is normalized there."""
         # Pinned pixels are then copied while the host prepares the next batch.
-        return pixels.to(self.device, TORCH_DTYPES[self.spec.dtype], non_blocking=True)
+        if pixels.dtype == torch.uint8:
+            in_two_steps = self.pixel_preprocess
+            assert in_two_steps is not None
+            pixels = in_two_steps.normalize(pixels.to(self.device, non_blocking=True))
+        return pixels.to(self.device, computed_in(self.spec.dtype, self.device), non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +157,14 @@ class TextEncoder:
             float32 [n, dim] or, for `tokens`, [n, longest, dim] on the CPU, not normalized.
         """
         batch, mask = self.pad(ids)
-        with torch.no_grad():
+        with torch.no_grad(), products_of(self):
             features = self.forward(batch, mask)
             return features.float().cpu()
 
     def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Return (ids, mask), int64 [n, longest], on the encoder's device."""
         batch, mask = pad_ids(ids, self.pad_id, self.length or 1)
-        return batch.to(self.device), mask.to(self.device)
+        return send(batch, self.device), send(mask, self.device)
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
         """Encode queries or class names; for data sets see `extract`.
@@ -156,6 +184,22 @@ class TextEncoder:
         return torch.cat(batches) if batches else torch.empty(0, self.dim)
 
 
+def computed_in(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the type of weights and activations for a precision on a device.
+
+    A CPU computes float16 in float32: its own float16 is slower by far, and what a GPU computes in
+    float16 differs from float32 by the error that a store records.
+    """
+    if precision == "float16" and device.type == "cpu":
+        return torch.float32
+    return _TORCH_DTYPES[precision]
+
+
+def products_of(encoder: ImageEncoder | TextEncoder) -> AbstractContextManager[None]:
+    """Compute products in float32 or TF32 for a while, as the encoder's precision says."""
+    return float32_products(encoder.device, encoder.spec.dtype == "tf32")
+
+
 def encode_images(encoders: Sequence[ImageEncoder], pixels: Tensor) -> list[Tensor]:
     """Encode one batch by cuts of one model in one forward pass.
 
@@ -164,7 +208,7 @@ def encode_images(encoders: Sequence[ImageEncoder], pixels: Tensor) -> list[Tens
     """
     # Not inference_mode: some models keep tensors from one pass to the next (BEiT the index of its
     # relative positions), and a tensor made in that mode cannot be used in training later on.
-    with torch.no_grad():
+    with torch.no_grad(), products_of(encoders[0]):
         forwards = [encoder.forward for encoder in encoders]
         return _tapped(forwards, (encoders[0].move(pixels),))
 
@@ -179,7 +223,7 @@ def compile_images(encoders: Sequence[ImageEncoder]) -> Callable[[Tensor], list[
     run = _compiled(tuple(encoder.forward for encoder in encoders))
 
     def encode(pixels: Tensor) -> list[Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), products_of(encoders[0]):
             features: list[Tensor] = run(encoders[0].move(pixels))
             return features
 
@@ -217,7 +261,7 @@ def encode_texts(encoders: Sequence[TextEncoder], ids: Sequence[Sequence[int]]) 
     Returns:
         What `encode_ids` gives for each encoder, still on the device.
     """
-    with torch.no_grad():
+    with torch.no_grad(), products_of(encoders[0]):
         forwards = [encoder.forward for encoder in encoders]
         return _tapped(forwards, encoders[0].pad(ids))
 
@@ -290,4 +334,4 @@ def pool_tokens(hidden: Tensor, mask: Tensor | None, pooling: Pooling, n_prefix:
 def freeze(module: nn.Module, spec: EncoderSpec, device: torch.device) -> nn.Module:
     """Return the module in evaluation mode, without gradients, on `device` in the spec's dtype."""
     frozen = module.eval().requires_grad_(False)
-    return frozen.to(device, TORCH_DTYPES[spec.dtype])
+    return frozen.to(device, computed_in(spec.dtype, device))

@@ -3,9 +3,8 @@
 Preprocessing and tokenizer are the model's own.
 """
 
-import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,87 +15,112 @@ from torch import Tensor
 from apecache.encoders.encoder import (
     FeatureTap,
     ImageEncoder,
-    State,
-    States,
     TextEncoder,
     Tokens,
     freeze,
 )
 from apecache.encoders.fingerprint import build_fingerprint, digest_module
-from apecache.encoders.library_types import LibraryModel, Tokenizer
-from apecache.encoders.preprocess import Preprocess, TensorPreprocess, image_preprocess, probe
+from apecache.encoders.library_types import LibraryModel
+from apecache.encoders.open_clip_cuts import (
+    open_clip_states,
+    open_clip_tap,
+    require_unpadded,
+    run_trimmed,
+)
+from apecache.encoders.open_clip_texts import (
+    DEFAULT_CONTEXT,
+    digest_texts,
+    find_ending,
+    open_library,
+    open_text_tokenizer,
+    tokenize_texts,
+)
+from apecache.encoders.preprocess import (
+    Preprocess,
+    TensorPreprocess,
+    choose_preprocess,
+    feature_shape,
+)
 from apecache.encoders.snapshot import (
     cannot_open,
     download,
     read_json,
+    refuse_kernels,
     resolve_folder,
     true_keys,
 )
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import EncoderError, MissingExtraError, nearest
-from apecache.fingerprint import Json, content_hash
-
-HUB_PREFIX = "hf-hub:"
-WEIGHT_FILES = (
-    ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
-    ("open_clip_pytorch_model.bin", "pytorch_model.bin"),
-)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "*.model")
-DEFAULT_CONTEXT = 77
-"""Tokens of a text where open_clip's configuration names no number."""
+from apecache.encoders.weight_files import HUB_PREFIX, OPEN_CLIP_WEIGHTS
+from apecache.errors import EncoderError, nearest
+from apecache.fingerprint import Json
 
 
 def load_open_clip_image(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageEncoder]:
-    """Load the image tower: its embedding before normalization, [n, embed_dim].
+    """Load the image tower; its default is the embedding before normalization, [n, embed_dim].
 
-    There are no other cuts.
+    Args:
+        specs: of the same model; they differ in pooling and layer only.
 
     Raises:
-        EncoderError: no such model or weights, or a cut other than the model's own output.
+        EncoderError: no such model or weights, or a cut that the tower does not have.
         MissingExtraError: open_clip is not installed.
     """
-    (spec,) = _only_own(specs)
+    spec = specs[0]
     folder = _folder(spec)
     model = _create(spec, folder)
     config = _image_config(model, spec)
     preprocess, backend = _image_preprocess(spec, config)
-    inputs: Json = {
+    shared_inputs: Json = {
         **backend,
         "config": {key: _plain(value) for key, value in sorted(config.items())},
     }
-    fingerprint = build_fingerprint(
-        spec,
-        weights=digest_module(model.visual),
-        architecture=_architecture(model, spec, folder),
-        inputs=inputs,
-    )
+    weights = digest_module(model.visual)
+    architecture = _architecture(model, spec, folder)
     visual: LibraryModel = freeze(model.visual, spec, device)
     size = config["size"]
     height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-    tap = FeatureTap(states=_states(visual), state="own", pool=lambda state, _: state)
     input_shape = (3, height, width)
-    row_shape = probe(tap, shape=input_shape, spec=spec, device=device)
-    encoder = ImageEncoder(
-        spec=spec,
-        module=visual,
-        preprocess=preprocess,
-        forward=tap,
-        input_shape=input_shape,
-        row_shape=row_shape,
-        fingerprint=fingerprint,
-        device=device,
-    )
-    return [encoder]
+    states = open_clip_states(visual, spec, visual)
+
+    def encoder(cut: EncoderSpec) -> ImageEncoder:
+        tap = open_clip_tap(states, visual, cut)
+        fingerprint = build_fingerprint(
+            cut,
+            weights=weights,
+            architecture=architecture,
+            inputs={**shared_inputs, **_cut_inputs(cut, tap)},
+        )
+        row_shape = feature_shape(tap, shape=input_shape, spec=cut, device=device)
+        return ImageEncoder(
+            spec=cut,
+            module=visual,
+            preprocess=preprocess,
+            forward=tap,
+            input_shape=input_shape,
+            row_shape=row_shape,
+            fingerprint=fingerprint,
+            device=device,
+        )
+
+    return [encoder(cut) for cut in specs]
+
+
+def _cut_inputs(cut: EncoderSpec, tap: FeatureTap) -> dict[str, Json]:
+    """Return what the fingerprint says of a cut; nothing of the model's own output."""
+    if cut.pooling == "default":
+        return {}
+    layer = {} if tap.state == "end" else {"layer": tap.state}
+    return {"pooling": cut.pooling, **layer}
 
 
 def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> list[TextEncoder]:
-    """Load the text tower: its embedding before normalization, [n, embed_dim].
+    """Load the text tower; its default is the embedding before normalization, [n, embed_dim].
 
-    There are no other cuts. Raises as `load_open_clip_image` does.
+    Raises as `load_open_clip_image` does.
     """
-    (spec,) = _only_own(specs)
+    spec = specs[0]
     folder = _folder(spec)
-    tokenizer = _tokenizer(spec, folder)
+    tokenizer = open_text_tokenizer(spec, folder, _text_config(spec, folder))
     model = _create(spec, folder)
     # Of a tower from transformers the model names all its positions, which no training used.
     context = int(tokenizer.context_length)
@@ -105,55 +129,51 @@ def load_open_clip_text(specs: Sequence[EncoderSpec], device: torch.device) -> l
             f"encoder {spec}: its context is {context} tokens; leave --max-tokens off"
         )
     tower = model.text
-    # A causal tower that pools at the end-of-text token never sees the padding after it, so its
-    # batches are padded to their longest caption only. Any other tower gets the whole context.
-    # CoCa appends a token of its own after the padding.
-    pools_at_end = (
-        getattr(tower, "pool_type", "") in ("argmax", "eos")
-        and getattr(tower, "cls_emb", None) is None
-    )
-    trimmed = pools_at_end and getattr(tower, "attn_mask", None) is not None
-    eos_id = tower.eos_id if trimmed and tower.pool_type == "eos" else None
+    ending = find_ending(tower)
+    require_unpadded(specs, sees_padding=ending.by is None)
     prefix = spec.prefix or ""
-    inputs: Json = {"tokenizer": _digest(tokenizer), "max_tokens": context, "pooling": "default"}
-    inputs |= {"prefix": prefix} if prefix else {}
-    fingerprint = build_fingerprint(
-        spec,
-        weights=digest_module(tower),
-        architecture=_architecture(model, spec, folder),
-        inputs=inputs,
-    )
+    shared_inputs: Json = {
+        "tokenizer": digest_texts(tokenizer),
+        "max_tokens": context,
+        "pooling": "default",
+    }
+    shared_inputs |= {"prefix": prefix} if prefix else {}
+    weights = digest_module(tower)
+    architecture = _architecture(model, spec, folder)
     frozen: LibraryModel = freeze(tower, spec, device)
 
     def tokenize(texts: Sequence[str]) -> Tokens:
         prefixed = [prefix + text for text in texts]
-        return _tokenize(
-            tokenizer,
-            texts=prefixed,
-            context=context,
-            trimmed=trimmed,
-            eos_id=eos_id,
+        return tokenize_texts(tokenizer, prefixed, context, ending)
+
+    is_trimmed = ending.by in ("argmax", "eos")
+    states = open_clip_states(frozen, spec, run_trimmed(frozen) if is_trimmed else frozen)
+
+    def encoder(cut: EncoderSpec) -> TextEncoder:
+        tap = open_clip_tap(states, frozen, cut)
+        ids = torch.tensor(tokenize(["a"]).ids, device=device)
+        with torch.no_grad():
+            width = int(tap(ids, torch.ones_like(ids)).shape[-1])
+        fingerprint = build_fingerprint(
+            cut,
+            weights=weights,
+            architecture=architecture,
+            inputs={**shared_inputs, **_cut_inputs(cut, tap)},
+        )
+        return TextEncoder(
+            spec=cut,
+            module=frozen,
+            tokenize=tokenize,
+            forward=tap,
+            pad_id=ending.pad_id,
+            max_tokens=context,
+            row_shape=(context, width) if cut.pooling == "tokens" else (width,),
+            fingerprint=fingerprint,
+            device=device,
+            length=None if ending.by else context,
         )
 
-    states = _trimmed_states(frozen) if trimmed else _states(frozen)
-    tap = FeatureTap(states=states, state="own", pool=lambda state, _: state)
-    length = None if trimmed else context
-    with torch.no_grad():
-        probe_ids = torch.zeros(1, context, dtype=torch.long, device=device)
-        dim = int(_first(frozen(probe_ids)).shape[1])
-    encoder = TextEncoder(
-        spec=spec,
-        module=frozen,
-        tokenize=tokenize,
-        forward=tap,
-        pad_id=0,
-        max_tokens=context,
-        row_shape=(dim,),
-        fingerprint=fingerprint,
-        device=device,
-        length=length,
-    )
-    return [encoder]
+    return [encoder(cut) for cut in specs]
 
 
 def shape_open_clip(spec: EncoderSpec, device: str = "meta") -> Any:
@@ -161,16 +181,8 @@ def shape_open_clip(spec: EncoderSpec, device: str = "meta") -> Any:
 
     Raises EncoderError as `load_open_clip_image` does.
     """
-    _only_own([spec])
     model = _build(spec, device)
-    if spec.modality == "image":
-        return model.visual
-    if hasattr(model.text, "config"):
-        raise EncoderError(
-            f"encoder {spec}: its text tower is a model of transformers, which needs values to "
-            "run; plan with that model as hf:"
-        )
-    return model.text
+    return model.visual if spec.modality == "image" else model.text
 
 
 def shape_size(spec: EncoderSpec) -> tuple[int, int]:
@@ -182,16 +194,20 @@ def shape_size(spec: EncoderSpec) -> tuple[int, int]:
 
 def shape_features(spec: EncoderSpec, module: LibraryModel) -> Callable[..., Tensor]:
     """Return what extraction takes of a shape: (pixels,) or (ids, mask) -> features."""
+    if spec.modality == "image":
+        return open_clip_tap(open_clip_states(module, spec, module), module, spec)
+    if find_ending(module).by == "padding" and next(module.parameters()).is_meta:
+        raise EncoderError(
+            f"encoder {spec}: its text tower is a model of transformers, which needs values to "
+            "run; plan with that model as hf:"
+        )
     context = getattr(module, "context_length", None) or DEFAULT_CONTEXT
 
-    def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
-        values = inputs[0]
-        if spec.modality == "text":
-            # A shape is counted and timed at the whole context, whichever texts there are.
-            values = torch.nn.functional.pad(values, (0, context - values.shape[1]))
-        return {"own": _first(module(values))}
+    def run(ids: Tensor) -> Any:
+        # A shape is counted and timed at the whole context, whichever texts there are.
+        return module(torch.nn.functional.pad(ids, (0, context - ids.shape[1])))
 
-    return FeatureTap(states=states, state="own", pool=lambda state, _: state)
+    return open_clip_tap(open_clip_states(module, spec, run), module, spec)
 
 
 def open_clip_preprocess(spec: EncoderSpec) -> Preprocess:
@@ -211,23 +227,12 @@ def _image_preprocess(spec: EncoderSpec, config: dict[str, Any]) -> tuple[Prepro
     """Return the preprocessing, and how its fingerprint names it."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    return image_preprocess(
+    return choose_preprocess(
         spec,
         reference=image_transform_v2(PreprocessCfg(**config), is_train=False),
         backend="open-clip-pil",
-        faster=_tensor_form(config),
+        tensor_form=read_tensor_form(config),
     )
-
-
-def _only_own(specs: Sequence[EncoderSpec]) -> Sequence[EncoderSpec]:
-    """Return the specs unchanged; refuse a cut other than the model's own output."""
-    for spec in specs:
-        if spec.pooling != "default" or spec.layer is not None:
-            raise EncoderError(
-                f"encoder {spec}: of open_clip models only the output can be taken; leave the "
-                "cut off"
-            )
-    return specs
 
 
 def _folder(spec: EncoderSpec) -> Path | None:
@@ -239,7 +244,7 @@ def _folder(spec: EncoderSpec) -> Path | None:
     if spec.folder is None and not spec.name.startswith(HUB_PREFIX):
         return None
     repository = spec.name.removeprefix(HUB_PREFIX)
-    folder = resolve_folder(spec, WEIGHT_FILES, repository=repository)
+    folder = resolve_folder(spec, OPEN_CLIP_WEIGHTS, repository=repository)
     described = read_json(folder / "open_clip_config.json", spec)
     if not described:
         raise EncoderError(
@@ -256,6 +261,12 @@ def _folder(spec: EncoderSpec) -> Path | None:
 
 def _create(spec: EncoderSpec, folder: Path | None) -> LibraryModel:
     """Load the whole model in evaluation mode."""
+    inner_name = _text_config(spec, folder).get("hf_model_name")
+    if inner_name:
+        inner_folder = Path(inner_name)
+        if not inner_folder.is_dir():
+            inner_folder = download(spec, repository=inner_name)
+        refuse_kernels(spec, inner_folder)
     return _open(spec, _source(spec, folder), require_pretrained=True)
 
 
@@ -282,13 +293,18 @@ def _source(spec: EncoderSpec, folder: Path | None) -> dict[str, Any]:
     """Return the name of the model and of its weights, as open_clip takes them."""
     if folder is not None:
         return {"model_name": f"local-dir:{folder}"}
+    if spec.revision:
+        raise EncoderError(
+            f"encoder {spec}: a tag of open_clip names one revision; leave @ off, or take "
+            "open_clip:hf-hub:ORG/NAME@REVISION"
+        )
     name, _, tag = spec.name.partition("/")
-    _require_known(spec, name=name, tag=tag, open_clip=_library())
+    _require_known(spec, name=name, tag=tag, open_clip=open_library())
     return {"model_name": name, "pretrained": tag}
 
 
 def _open(spec: EncoderSpec, source: dict[str, Any], **options: Any) -> LibraryModel:
-    open_clip = _library()
+    open_clip = open_library()
     try:
         with _asking_nobody():
             # As a separate tower the text side takes batches shorter than its context.
@@ -301,14 +317,6 @@ def _open(spec: EncoderSpec, source: dict[str, Any], **options: Any) -> LibraryM
     except Exception as error:  # open_clip raises what its hub client, torch and json raise
         raise cannot_open(spec, error) from error
     return model.eval()
-
-
-def _library() -> Any:
-    try:
-        import open_clip
-    except ImportError:
-        raise MissingExtraError("open_clip", "open-clip") from None
-    return open_clip
 
 
 @contextmanager
@@ -344,127 +352,12 @@ def _described(spec: EncoderSpec, folder: Path | None) -> Json:
     """Return the model's configuration; empty for a name without one."""
     if folder is not None:
         return read_json(folder / "open_clip_config.json", spec).get("model_cfg") or {}
-    return _library().get_model_config(spec.name.partition("/")[0]) or {}
+    return open_library().get_model_config(spec.name.partition("/")[0]) or {}
 
 
-def _tokenizer(spec: EncoderSpec, folder: Path | None) -> Tokenizer:
-    """Open the tokenizer: the one beside the model, or the one that its configuration names.
-
-    Raises:
-        EncoderError: it cannot be reached, or it has no token for padding.
-    """
-    open_clip = _library()
-    text_config: Json = _described(spec, folder).get("text_cfg") or {}
-    named = text_config.get("hf_tokenizer_name")
-    if not named:
-        source = spec.name.partition("/")[0] if folder is None else f"local-dir:{folder}"
-        return open_clip.get_tokenizer(source)
-    is_beside = folder is not None and any(any(folder.glob(name)) for name in TOKENIZER_FILES)
-    try:
-        tokenizer = open_clip.tokenizer.HFTokenizer(
-            str(folder if is_beside else download(spec, repository=named)),
-            context_length=text_config.get("context_length", DEFAULT_CONTEXT),
-            tokenizer_mode=text_config.get("tokenizer_mode"),
-            trust_remote_code=False,
-            **text_config.get("tokenizer_kwargs", {}),
-        )
-        # Every text is padded to the context, which a tokenizer without a pad token refuses.
-        tokenizer(["a"])
-    except Exception as error:  # the hub client and transformers share no base class of errors
-        reason = " ".join(str(error).split())[:200]
-        raise EncoderError(
-            f"encoder {spec}: its tokenizer {named} cannot be used ({reason}); save the tokenizer "
-            "beside the model and give open_clip:/folder"
-        ) from error
-    return tokenizer
-
-
-def _states(tower: LibraryModel) -> States:
-    def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
-        return {"own": _first(tower(inputs[0]))}
-
-    return states
-
-
-def _first(output: Any) -> Tensor:
-    """Return the embedding; CoCa's towers return their tokens beside it."""
-    embedding: Tensor = output[0] if isinstance(output, tuple) else output
-    return embedding
-
-
-def _trimmed_states(tower: LibraryModel) -> States:
-    """Return the forward pass of a tower for texts shorter than its context."""
-    mask = tower.attn_mask
-
-    def states(inputs: tuple[Tensor, ...], _: Collection[State]) -> dict[State, Tensor]:
-        ids = inputs[0]
-        length = ids.shape[1]
-        # open_clip cuts the positions to the text's length, but not the causal mask.
-        buffers = {"attn_mask": mask[:length, :length]}
-        return {"own": _first(torch.func.functional_call(tower, buffers, (ids,)))}
-
-    return states
-
-
-def _tokenize(
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    context: int,
-    trimmed: bool,
-    eos_id: int | None,
-) -> Tokens:
-    """Return the ids of each text, without padding if `trimmed`, and count the truncated texts."""
-    if not texts:
-        return Tokens(ids=[], n_truncated=0)
-    ids = tokenizer(list(texts), context_length=context)
-    n_truncated = _count_truncated(tokenizer, texts=texts, ids=ids, context=context)
-    rows: list[list[int]] = []
-    for row in ids:
-        # The end-of-text token has the highest id, unless the tower names another one.
-        end = row.argmax() if eos_id is None else (row == eos_id).int().argmax()
-        n_tokens = int(end) + 1 if trimmed else len(row)
-        rows.append(row[:n_tokens].tolist())
-    return Tokens(ids=rows, n_truncated=n_truncated)
-
-
-def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], ids: Tensor, context: int) -> int:
-    """Count the texts that have more tokens than the context.
-
-    Args:
-        ids: [n, context], the tokens of each text, padded.
-    """
-    inner = getattr(tokenizer, "tokenizer", None)
-    if inner is None:
-        # open_clip's own tokenizer pads with 0 and adds a token at both ends.
-        full_texts = [text for text, last in zip(texts, ids[:, -1], strict=True) if last]
-        return sum(len(tokenizer.encode(text)) + 2 > context for text in full_texts)
-    # Only the library's own tokenizer knows its padding, so every text is tokenized whole.
-    clean = getattr(tokenizer, "clean_fn", _clean_siglip)
-    cleaned = [clean(text) for text in texts]
-    adds_class = getattr(tokenizer, "tokenizer_mode", "") == "clips"
-    whole = inner(cleaned, add_special_tokens=not adds_class, truncation=False, verbose=False)
-    n_added = 3 if adds_class else 0
-    return sum(len(row) + n_added > context for row in whole["input_ids"])
-
-
-def _clean_siglip(text: str) -> str:
-    """Clean a text as open_clip's tokenizer of SigLIP does within its call."""
-    from open_clip.tokenizer import basic_clean, canonicalize_text
-
-    cleaned: str = canonicalize_text(basic_clean(text))
-    return cleaned
-
-
-def _digest(tokenizer: Tokenizer) -> str:
-    """Hash the tokenizer: its vocabulary or tokenizer.json, and how text is cleaned."""
-    inner = getattr(tokenizer, "tokenizer", None)
-    if inner is not None:
-        content = inner.backend_tokenizer.to_str()
-    else:
-        content = json.dumps(sorted(tokenizer.encoder.items()))
-    clean_function = getattr(tokenizer, "clean_fn", None)
-    clean_name = getattr(clean_function, "__name__", "")
-    return content_hash(f"{type(tokenizer).__name__}\0{clean_name}\0{content}")
+def _text_config(spec: EncoderSpec, folder: Path | None) -> dict[str, Any]:
+    config: dict[str, Any] = _described(spec, folder).get("text_cfg") or {}
+    return config
 
 
 def _architecture(model: LibraryModel, spec: EncoderSpec, folder: Path | None) -> Json:
@@ -473,7 +366,7 @@ def _architecture(model: LibraryModel, spec: EncoderSpec, folder: Path | None) -
     return {"class": type(model).__name__, "config": described}
 
 
-def _tensor_form(config: dict[str, Any]) -> TensorPreprocess | None:
+def read_tensor_form(config: dict[str, Any]) -> TensorPreprocess | None:
     """Return the preprocessing on tensors; None unless it is a square crop of the short side."""
     size = config["size"]
     if isinstance(size, int):

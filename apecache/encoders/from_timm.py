@@ -15,14 +15,18 @@ from apecache.encoders.encoder import FeatureTap, ImageEncoder, State, States, f
 from apecache.encoders.fingerprint import build_fingerprint, digest_module
 from apecache.encoders.layers import caught, flatten_map, resolve_layer
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.preprocess import Preprocess, image_preprocess, probe, resize_of
+from apecache.encoders.preprocess import (
+    Preprocess,
+    choose_preprocess,
+    feature_shape,
+    timm_tensor_form,
+)
 from apecache.encoders.snapshot import read_json, resolve_folder
-from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.spec import EncoderSpec, no_class_token
+from apecache.encoders.weight_files import HUB_PREFIX, TIMM_WEIGHTS
 from apecache.errors import EncoderError, nearest
 from apecache.fingerprint import Json
 
-HUB_PREFIX = "hf-hub:"
-WEIGHT_FILES = (("model.safetensors",), ("pytorch_model.bin",))
 N_PATCH_CONVOLUTIONS = 4
 """Most convolutions of a transformer: its patch embedding, or a small stem."""
 
@@ -54,12 +58,13 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
     states = _states(frozen, spec, layout)
 
     def encoder(cut: EncoderSpec, layer: State) -> ImageEncoder:
-        _require_tokens(frozen, cut)
-        preprocess, backend = image_preprocess(
+        n_prefix = _count_prefix(frozen, states, cut, layer, input_shape)
+        _require_tokens(frozen, cut, n_prefix)
+        preprocess, backend = choose_preprocess(
             cut,
             reference=transform,
             backend="timm-pil",
-            faster=resize_of(config),
+            tensor_form=timm_tensor_form(config),
         )
         inputs = {
             **shared_inputs,
@@ -77,9 +82,9 @@ def load_timm(specs: Sequence[EncoderSpec], device: torch.device) -> list[ImageE
         tap = FeatureTap(
             states=states,
             state="own" if cut.pooling == "default" else layer,
-            pool=_pool(frozen, cut),
+            pool=_pool(frozen, cut, n_prefix),
         )
-        row_shape = probe(tap, shape=input_shape, spec=cut, device=device)
+        row_shape = feature_shape(tap, shape=input_shape, spec=cut, device=device)
         return ImageEncoder(
             spec=cut,
             module=frozen,
@@ -105,11 +110,11 @@ def _transform(module: LibraryModel, spec: EncoderSpec) -> tuple[dict[str, Any],
 def timm_preprocess(spec: EncoderSpec) -> Preprocess:
     """Return the preprocessing of `load_timm`. Raises EncoderError as it does."""
     config, transform = _transform(_shape(spec), spec)
-    preprocess, _ = image_preprocess(
+    preprocess, _ = choose_preprocess(
         spec,
         reference=transform,
         backend="timm-pil",
-        faster=resize_of(config),
+        tensor_form=timm_tensor_form(config),
     )
     return preprocess
 
@@ -132,10 +137,11 @@ def shape_size(spec: EncoderSpec) -> tuple[int, int]:
 
 def shape_features(spec: EncoderSpec, module: LibraryModel) -> Callable[..., Tensor]:
     """Return what extraction takes of a shape: (pixels,) -> features."""
-    _require_tokens(module, spec)
+    n_prefix = int(getattr(module, "num_prefix_tokens", 0))
+    _require_tokens(module, spec, n_prefix)
     states = _states(module, spec, torch.contiguous_format)
     state: State = "own" if spec.pooling == "default" else "end"
-    return FeatureTap(states=states, state=state, pool=_pool(module, spec))
+    return FeatureTap(states=states, state=state, pool=_pool(module, spec, n_prefix))
 
 
 def count_timm_classes(spec: EncoderSpec) -> int:
@@ -179,7 +185,7 @@ def _create(spec: EncoderSpec) -> LibraryModel:
 
 
 def _create_whole(spec: EncoderSpec) -> LibraryModel:
-    folder = _folder(spec, WEIGHT_FILES)
+    folder = _folder(spec, TIMM_WEIGHTS)
     try:
         if folder is None:
             _require_known(spec)
@@ -284,6 +290,7 @@ def _states(module: LibraryModel, spec: EncoderSpec, memory: torch.memory_format
             spec=spec,
             states=requested,
             run=lambda: module.forward_features(pixels),
+            n_inputs=len(pixels),
         )
         tokens_by_state["end"] = end
         if "own" in requested:
@@ -293,26 +300,53 @@ def _states(module: LibraryModel, spec: EncoderSpec, memory: torch.memory_format
     return states
 
 
-def _require_tokens(module: LibraryModel, spec: EncoderSpec) -> None:
+def _count_prefix(
+    module: LibraryModel,
+    states: States,
+    spec: EncoderSpec,
+    layer: State,
+    shape: tuple[int, int, int],
+) -> int:
+    """Count the leading tokens that are no patches: class and register tokens.
+
+    Some models (CaiT, XCiT, ConViT) add them after some of their blocks.
+    """
     n_prefix = int(getattr(module, "num_prefix_tokens", 0))
+    if spec.pooling == "default" or not isinstance(layer, int) or not n_prefix:
+        return n_prefix
+    parameter = next(module.parameters())
+    pixels = torch.zeros(1, *shape, device=parameter.device, dtype=parameter.dtype)
+    with torch.no_grad():
+        tokens_by_state = states((pixels,), (layer, "end"))
+    inner = tokens_by_state[layer]
+    is_without = inner.ndim == 3 and inner.shape[1] == tokens_by_state["end"].shape[1] - n_prefix
+    return 0 if is_without else n_prefix
+
+
+def _require_tokens(module: LibraryModel, spec: EncoderSpec, n_prefix: int) -> None:
     has_cls = n_prefix > 0 and getattr(module, "has_class_token", True)
     if spec.pooling in ("cls", "cls+mean") and not has_cls:
-        raise EncoderError(f"encoder {spec} has no CLS token; use --image-cut default or mean")
+        raise no_class_token(f"encoder {spec}", "image")
 
 
-def _pool(module: LibraryModel, spec: EncoderSpec) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _pool(
+    module: LibraryModel,
+    spec: EncoderSpec,
+    n_prefix: int,
+) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Return timm's own pooling, or one over the tokens without the prefix tokens.
 
     The positions of a convolutional network's feature map count as tokens.
     """
     if spec.pooling == "default":
         return lambda pooled, _: pooled
-    n_prefix = int(getattr(module, "num_prefix_tokens", 0))
     channels_last = getattr(module, "output_fmt", None) == "NHWC"
 
     def pool(state: Tensor, _: Tensor | None) -> Tensor:
         if state.ndim == 4:
-            state = flatten_map(state, channels_last)
+            # A map holds patches alone.
+            patches = flatten_map(state, channels_last)
+            return pool_tokens(patches, mask=None, pooling=spec.pooling)
         return pool_tokens(state, mask=None, pooling=spec.pooling, n_prefix=n_prefix)
 
     return pool

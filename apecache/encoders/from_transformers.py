@@ -12,13 +12,6 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
-    CLIPTextModelWithProjection,
-    MetaClip2TextModelWithProjection,
-    MT5EncoderModel,
-    Siglip2TextModel,
-    SiglipTextModel,
-    T5EncoderModel,
-    UMT5EncoderModel,
 )
 
 from apecache.encoders.encoder import (
@@ -34,11 +27,19 @@ from apecache.encoders.encoder import (
 from apecache.encoders.fingerprint import build_fingerprint, digest_module
 from apecache.encoders.layers import caught, resolve_layer
 from apecache.encoders.library_types import LibraryModel, ModelConfig, Processor, Tokenizer
-from apecache.encoders.preprocess import Preprocess, image_preprocess, probe
-from apecache.encoders.processor import ProcessorPreprocess, fixed_shape, resize_options
+from apecache.encoders.preprocess import Preprocess, choose_preprocess, feature_shape
+from apecache.encoders.preprocess_transformers import (
+    ProcessorPreprocess,
+    fixed_shape,
+    resize_options,
+)
+from apecache.encoders.sentence_texts import NO_LIMIT, UNKNOWN_LENGTH
 from apecache.encoders.snapshot import resolve_folder
 from apecache.encoders.spec import EncoderSpec, Pooling
-from apecache.encoders.text_repository import TextUse, read_text_use, resolve_pooling
+from apecache.encoders.text_repository import (
+    TextUse,
+    read_text_use,
+)
 from apecache.encoders.tokenizing import (
     digest_tokenizer,
     has_case,
@@ -47,39 +48,25 @@ from apecache.encoders.tokenizing import (
 )
 from apecache.encoders.tower import count_positions
 from apecache.encoders.transformers_files import (
-    WEIGHT_FILES,
     describe_architecture,
     load_model,
     open_saved,
 )
 from apecache.encoders.transformers_images import image_states, image_tap, read_image_family
+from apecache.encoders.transformers_texts import (
+    PROJECTED_TEXT,
+    SIGLIP_TEXT,
+    padding_id,
+    read_text_config,
+    require_eos,
+    text_factory,
+    text_pooling,
+    text_width,
+    until_end,
+)
+from apecache.encoders.weight_files import TRANSFORMERS_WEIGHTS
 from apecache.errors import EncoderError
 from apecache.fingerprint import IMAGE_DECODING, Json
-
-T5_TYPES = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
-PROJECTED_TEXT = {
-    "clip": CLIPTextModelWithProjection,
-    "clip_text_model": CLIPTextModelWithProjection,
-    "metaclip_2": MetaClip2TextModelWithProjection,
-    "metaclip_2_text_model": MetaClip2TextModelWithProjection,
-}
-"""Text towers whose own output is the projected end-of-text token."""
-SIGLIP_TEXT = {
-    "siglip": SiglipTextModel,
-    "siglip_text_model": SiglipTextModel,
-    "siglip2": Siglip2TextModel,
-    "siglip2_text_model": Siglip2TextModel,
-}
-"""Text towers whose own output is that of the last position. They were trained on texts that are
-padded to one length, and they see the padding."""
-PADDING_TYPES = ("mobilebert",)
-"""MobileBERT reads each token with its neighbours, and the last one with the padding."""
-LEGACY_EOS = 2
-"""What old CLIP configs name as end of text; the library then takes the highest id."""
-NO_LIMIT = 10**9
-"""Tokenizers without a limit of their own name a greater one than this."""
-UNKNOWN_LENGTH = 512
-"""Tokens where neither the files nor the positions set a limit."""
 
 
 def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -> list[TextEncoder]:
@@ -97,12 +84,12 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
     """
     spec = specs[0]
     folder = resolve_folder(spec)
-    config = _text_config(spec, folder)
+    config = read_text_config(spec, folder)
     use = read_text_use(spec, folder)
     tokenizer = _open_tokenizer(spec, folder, config)
     projected = config.model_type in PROJECTED_TEXT
     sees_padding = config.model_type in SIGLIP_TEXT
-    poolings = [_text_pooling(cut, folder, use, config) for cut in specs]
+    poolings = [text_pooling(cut, folder, use, config) for cut in specs]
     max_tokens = _max_tokens(spec, tokenizer=tokenizer, config=config, saved_limit=use.max_tokens)
     prefix = use.prompt if spec.prefix is None else spec.prefix
     if spec.prefix is None:
@@ -113,16 +100,21 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
     def tokenize(texts: Sequence[str]) -> Tokens:
         prefixed = [prefix + text for text in texts] if prefix else texts
         lowered = [text.lower() for text in prefixed] if lower_case else prefixed
-        return tokenize_with(tokenizer, lowered, max_tokens)
+        tokens = tokenize_with(tokenizer, lowered, max_tokens)
+        if not projected:
+            return tokens
+        # A text may hold the end-of-text token itself. Nothing after it reaches the features.
+        ended = [until_end(row, config) for row in tokens.ids]
+        return Tokens(ids=ended, n_truncated=tokens.n_truncated)
 
     if projected:
-        _require_eos(spec, tokenize([""]).ids[0], config)
+        require_eos(spec, tokenize([""]).ids[0], config)
     # The last layer of the model's own output, which other cuts do not use.
     own_layer = "head." if sees_padding else "text_projection"
     module, unloaded = load_model(
         spec,
-        folder=resolve_folder(spec, WEIGHT_FILES),
-        factory=_text_factory(config),
+        folder=resolve_folder(spec, TRANSFORMERS_WEIGHTS),
+        factory=text_factory(config),
         may_lack=("pooler",) if "default" in poolings else ("pooler", own_layer),
         **({"config": config} if projected or sees_padding else {}),
     )
@@ -151,14 +143,14 @@ def load_transformers_text(specs: Sequence[EncoderSpec], device: torch.device) -
         )
 
         tap = _text_tap(states, layer, pooling)
-        width = _text_width(pooling, config)
+        width = text_width(pooling, config)
         row_shape = (max_tokens, width) if pooling == "tokens" else (width,)
         return TextEncoder(
             spec=cut,
             module=frozen,
             tokenize=tokenize,
             forward=tap,
-            pad_id=_pad_id(tokenizer, config),
+            pad_id=padding_id(tokenizer, config),
             max_tokens=max_tokens,
             row_shape=row_shape,
             fingerprint=fingerprint,
@@ -186,7 +178,9 @@ def _text_states(module: LibraryModel, spec: EncoderSpec, config: ModelConfig) -
             run=lambda: module(input_ids=ids, **masked),
         )
         if projected:
-            tokens_by_state["own"] = output.text_embeds
+            # A tower that was saved without the projection gives the end-of-text token.
+            own = output.get("text_embeds")
+            tokens_by_state["own"] = output.pooler_output if own is None else own
         elif sees_padding:
             tokens_by_state["own"] = output.pooler_output
         return {**tokens_by_state, "end": output.last_hidden_state}
@@ -203,15 +197,6 @@ def _text_tap(states: States, layer: State, pooling: Pooling) -> FeatureTap:
     return FeatureTap(states=states, state="own" if pooling == "default" else layer, pool=pool)
 
 
-def _text_width(pooling: Pooling, config: ModelConfig) -> int:
-    """Return the width of the features of one text or token."""
-    if pooling == "default":
-        is_siglip = config.model_type in SIGLIP_TEXT
-        return int(config.projection_size if is_siglip else config.projection_dim)
-    n_vectors = 2 if pooling == "cls+mean" else 1
-    return int(config.hidden_size) * n_vectors
-
-
 def _open_tokenizer(spec: EncoderSpec, folder: Path, config: ModelConfig) -> Any:
     """Open the tokenizer; where it is SigLIP's slow one, name the library that has a fast one."""
     try:
@@ -220,70 +205,6 @@ def _open_tokenizer(spec: EncoderSpec, folder: Path, config: ModelConfig) -> Any
         if config.model_type not in SIGLIP_TEXT:
             raise
         raise EncoderError(f"{error}; take the same model from open_clip:") from error
-
-
-def _text_config(spec: EncoderSpec, folder: Path) -> ModelConfig:
-    """Return the configuration of the text tower.
-
-    Raises:
-        EncoderError: the model is not a single text encoder.
-    """
-    config = open_saved(AutoConfig, spec, folder)
-    if config.model_type in PROJECTED_TEXT:
-        text_config = getattr(config, "text_config", config)
-        # The whole model's projection counts; its towers may repeat another one.
-        text_config.projection_dim = config.projection_dim
-        return text_config
-    if config.model_type in SIGLIP_TEXT:
-        return getattr(config, "text_config", config)
-    if config.model_type in PADDING_TYPES:
-        raise EncoderError(
-            f"encoder {spec}: the output of {config.model_type} depends on the padding of its "
-            "batch, so a text has no fixed features; choose another model, such as distilbert"
-        )
-    t5 = config.model_type in T5_TYPES
-    has_decoder = getattr(config, "is_encoder_decoder", False)
-    if not t5 and (has_decoder or hasattr(config, "vision_config")):
-        raise EncoderError(
-            f"encoder {spec}: {config.model_type} is not a single text encoder; BERT-like models, "
-            "T5, causal decoders, CLIP and SigLIP are supported; open_clip: has other pairs"
-        )
-    return config
-
-
-def _text_factory(config: ModelConfig) -> Any:
-    factories = {**T5_TYPES, **PROJECTED_TEXT, **SIGLIP_TEXT}
-    return factories.get(config.model_type, AutoModel)
-
-
-def _pad_id(tokenizer: Tokenizer, config: ModelConfig) -> int:
-    """Return the id of padding. It is masked, so any id serves where the tokenizer names none."""
-    if config.model_type in PROJECTED_TEXT:
-        # Old CLIP configs take the highest id as the end of the text: no padding may exceed it.
-        return int(tokenizer.eos_token_id or 0)
-    return int(tokenizer.pad_token_id or 0)
-
-
-def _text_pooling(cut: EncoderSpec, folder: Path, use: TextUse, config: ModelConfig) -> Pooling:
-    has_own = config.model_type in (*PROJECTED_TEXT, *SIGLIP_TEXT)
-    if has_own and cut.pooling == "default" and cut.layer is None:
-        return "default"
-    pooling = resolve_pooling(cut, folder, use, config)
-    if config.model_type in T5_TYPES and "cls" in pooling:
-        raise EncoderError(f"encoder {cut}: T5 has no CLS token; use --text-cut mean")
-    return pooling
-
-
-def _require_eos(spec: EncoderSpec, ids: Sequence[int], config: ModelConfig) -> None:
-    """Raise EncoderError unless the tokenizer ends a text by the token that the model pools at."""
-    eos_id = config.eos_token_id
-    is_legacy = eos_id == LEGACY_EOS and config.model_type.startswith("clip")
-    ends_right = bool(ids) and (ids[-1] == max(ids) if is_legacy else eos_id in ids)
-    if not ends_right:
-        raise EncoderError(
-            f"encoder {spec}: its tokenizer does not end a text by the token {eos_id} that the "
-            "model pools at; save the right tokenizer beside the model"
-        )
 
 
 def _require_pooled_prompt(specs: Sequence[EncoderSpec], use: TextUse, prefix: str) -> None:
@@ -339,16 +260,18 @@ def load_transformers_image(
     needs_own = any(family.has_own_pooling(cut) for cut in specs)
     module, unloaded = load_model(
         spec,
-        folder=resolve_folder(spec, WEIGHT_FILES),
+        folder=resolve_folder(spec, TRANSFORMERS_WEIGHTS),
         factory=family.factory,
         # Only what no cut uses may be missing.
         may_lack=() if needs_own else family.may_lack,
         **family.options,
     )
-    preprocess, _ = image_preprocess(spec, reference=reference, backend="transformers", faster=None)
+    preprocess, _ = choose_preprocess(
+        spec, reference=reference, backend="transformers", tensor_form=None
+    )
     shared_inputs: Json = {
         "decoding": IMAGE_DECODING,
-        "processor": _plain_processor(processor, size),
+        "processor": plain_processor(processor, size),
     }
     weights = digest_module(module, unloaded)
     architecture = describe_architecture(module, folder)
@@ -367,7 +290,7 @@ def load_transformers_image(
             architecture=architecture,
             inputs=inputs,
         )
-        row_shape = probe(tap, shape=input_shape, spec=cut, device=device)
+        row_shape = feature_shape(tap, shape=input_shape, spec=cut, device=device)
         return ImageEncoder(
             spec=cut,
             module=frozen,
@@ -386,7 +309,9 @@ def transformers_preprocess(spec: EncoderSpec) -> Preprocess:
     """Return the preprocessing of `load_transformers_image`. Raises EncoderError as it does."""
     processor, size = _processor(spec, resolve_folder(spec))
     reference = ProcessorPreprocess(processor=processor, size=size)
-    preprocess, _ = image_preprocess(spec, reference=reference, backend="transformers", faster=None)
+    preprocess, _ = choose_preprocess(
+        spec, reference=reference, backend="transformers", tensor_form=None
+    )
     return preprocess
 
 
@@ -404,8 +329,8 @@ def shape_transformers(spec: EncoderSpec, device: str = "meta") -> LibraryModel:
         config, factory = family.config, family.factory
         options = {key: value for key, value in family.options.items() if key != "config"}
     else:
-        config = _text_config(spec, resolve_folder(spec))
-        factory = _text_factory(config)
+        config = read_text_config(spec, resolve_folder(spec))
+        factory = text_factory(config)
         options = {}
     config.dtype = torch.float32
     with torch.device(device):
@@ -426,9 +351,9 @@ def shape_features(spec: EncoderSpec, module: LibraryModel) -> Callable[..., Ten
         tap, _ = image_tap(states, cut=spec, layer=layer, family=family)
         return tap
     folder = resolve_folder(spec)
-    config = _text_config(spec, folder)
+    config = read_text_config(spec, folder)
     use = read_text_use(spec, folder)
-    pooling = _text_pooling(spec, folder=folder, use=use, config=config)
+    pooling = text_pooling(spec, folder=folder, use=use, config=config)
     return _text_tap(_text_states(module, spec, config), layer, pooling)
 
 
@@ -477,7 +402,7 @@ def _max_tokens(
     return max_tokens
 
 
-def _plain_processor(processor: Processor, size: dict[str, Any]) -> Json:
+def plain_processor(processor: Processor, size: dict[str, Any]) -> Json:
     """Return the processor's settings without names of files and of the library's version."""
     settings = {**json.loads(processor.to_json_string()), **size}
     left_out = (

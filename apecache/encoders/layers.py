@@ -15,7 +15,12 @@ from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError
 
 RIVAL_SHARE = 0.05
-"""A second list with more than this fraction of all parameters makes the choice ambiguous."""
+"""A second list with more than this share of the parameters in all lists makes the choice
+ambiguous."""
+
+
+CLASS_ATTENTION = ("blocks_token_only", "cls_attn_blocks")
+"""Lists that only change the class token, after all blocks (CaiT, XCiT)."""
 
 
 def resolve_layer(module: nn.Module, spec: EncoderSpec) -> State:
@@ -71,8 +76,13 @@ def find_blocks(module: nn.Module) -> list[str]:
         is_inside = any(name.startswith(f"{outer}.") for outer in sizes)
         if not is_inside and _is_list_of_blocks(submodule):
             sizes[name] = _count(submodule)
-    total = _count(module)
-    large = [name for name, size in sizes.items() if size > RIVAL_SHARE * total]
+    # Not of all parameters: a table of tokens may be larger than all blocks.
+    total = sum(sizes.values())
+    large = [
+        name
+        for name, size in sizes.items()
+        if size > RIVAL_SHARE * total and name not in CLASS_ATTENTION
+    ]
     return sorted(large, key=lambda name: -sizes[name])
 
 
@@ -94,12 +104,14 @@ def caught(
     spec: EncoderSpec,
     states: Collection[State],
     run: Callable[[], Any],
+    n_inputs: int | None = None,
 ) -> tuple[Any, dict[State, Tensor]]:
     """Run a forward pass and capture the tokens after the requested blocks.
 
     Args:
         states: the requested ones; `end` and `own` are left to the caller.
         run: one forward pass of `module`.
+        n_inputs: size of the batch, if known: tokens have one row for each input.
 
     Returns:
         What `run` returns, and for each numbered state the tokens [n, length, dim], or a feature
@@ -128,12 +140,20 @@ def caught(
         )
     for layer in layers:
         state = tokens_by_state.get(layer)
-        if not isinstance(state, Tensor) or state.ndim not in (3, 4):
+        if not _is_state(state, n_inputs):
             raise EncoderError(
                 f"encoder {spec}: block {layer} of {type(module).__name__} gives no tokens; leave "
                 "the layer out"
             )
     return output, tokens_by_state
+
+
+def _is_state(state: Any, n_inputs: int | None) -> bool:
+    """Tell whether a block's output is tokens [n, length, dim] or a map of four dimensions."""
+    if not isinstance(state, Tensor) or state.ndim not in (3, 4):
+        return False
+    # Some blocks (TNT) begin with tokens within each patch, which have more rows.
+    return n_inputs is None or len(state) == n_inputs
 
 
 def _add_one(counts: list[int]) -> None:

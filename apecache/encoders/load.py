@@ -16,11 +16,9 @@ from apecache.encoders.joined import join_image_encoders, join_text_encoders
 from apecache.encoders.library_types import LibraryModel
 from apecache.encoders.module_map import read_module_map
 from apecache.encoders.preprocess import Preprocess
-from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.spec import EncoderSpec, frozen_only
 from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import EncoderError
-
-NOT_TRAINABLE = "only timm: and hf: encoders can be seen as towers"
 
 
 def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
@@ -51,6 +49,7 @@ def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> l
     Cuts of one model share it, so that one forward pass serves all of them. Raises EncoderError as
     `load_image_encoder` does.
     """
+    _require_encoders(specs)
     for spec in specs:
         if spec.pooling == "last":
             raise EncoderError(
@@ -68,6 +67,12 @@ def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> l
                 from apecache.encoders.from_open_clip import load_open_clip_image
 
                 encoders = load_open_clip_image(cuts, torch_device)
+            case "st":
+                from apecache.encoders.from_sentence_transformers import (
+                    load_sentence_transformers_image,
+                )
+
+                encoders = load_sentence_transformers_image(cuts, torch_device)
             case _:
                 from apecache.encoders.from_transformers import load_transformers_image
 
@@ -78,6 +83,7 @@ def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> l
 
 def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> list[TextEncoder]:
     """Load several text encoders, as `load_image_encoders` does."""
+    _require_encoders(specs)
     torch_device = resolve_device(device)
     loaded: dict[EncoderSpec, TextEncoder] = {}
     for cuts in _by_model(specs):
@@ -96,6 +102,22 @@ def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> li
                 encoders = load_transformers_text(cuts, torch_device)
         loaded |= zip(cuts, encoders, strict=True)
     return [loaded[spec] for spec in specs]
+
+
+NO_ENCODER = (
+    "were imported without their encoder, so new {side}s cannot be encoded; what is in a store can "
+    "be evaluated, indexed and searched by --key, and for live queries import the features again "
+    "with --{side}-encoder and fit on them"
+)
+
+
+def _require_encoders(specs: Sequence[EncoderSpec]) -> None:
+    """Refuse features that were imported without naming their encoder."""
+    for spec in specs:
+        if spec.is_imported:
+            raise EncoderError(
+                f"{spec.modality} features {spec.name} {NO_ENCODER.format(side=spec.modality)}"
+            )
 
 
 def load_classifier(spec: EncoderSpec) -> nn.Module:
@@ -131,19 +153,32 @@ def shape_tower(spec: EncoderSpec, device: str = "meta", is_frozen: bool = False
         EncoderError: the encoder's description cannot be read, or it is not frozen and cannot be
             seen as a tower.
     """
+    _require_encoders([spec])
+    if spec.library == "st" and not is_frozen:
+        raise frozen_only(spec)
     module = _shape_module(spec, device)
     if is_frozen and not _is_mapped(module):
         return _shape_frozen(spec, module)
-    if spec.library == "open_clip":
-        raise EncoderError(f"encoder {spec}: {NOT_TRAINABLE}")
     # Any id will do: only the number of parameters in the CLS row counts here.
     tower = build_tower(module, spec.modality, spec.pooling, cls_id=0)
-    if spec.library == "hf" and spec.modality == "image":
-        from apecache.encoders.from_transformers import image_size
-
-        # The model's config may name another size than the processor gives.
-        tower.pixels = image_size(spec)
+    if spec.modality == "image" and spec.library != "timm":
+        # The model's config may name another size than the preprocessing gives.
+        tower.pixels = _pixels(spec)
     return tower
+
+
+def _pixels(spec: EncoderSpec) -> tuple[int, int]:
+    """Return (height, width) of the pixels that preprocessing gives."""
+    match spec.library:
+        case "timm":
+            from apecache.encoders.from_timm import shape_size
+        case "hf":
+            from apecache.encoders.from_transformers import image_size as shape_size
+        case "st":
+            from apecache.encoders.from_sentence_transformers import shape_size
+        case _:
+            from apecache.encoders.from_open_clip import shape_size
+    return shape_size(spec)
 
 
 def _shape_module(spec: EncoderSpec, device: str) -> Any:
@@ -161,7 +196,9 @@ def _shape_module(spec: EncoderSpec, device: str) -> Any:
 
             return shape_open_clip(spec, device).eval()
         case _:
-            raise EncoderError(f"encoder {spec}: {NOT_TRAINABLE}")
+            from apecache.encoders.from_sentence_transformers import shape_sentence_transformers
+
+            return shape_sentence_transformers(spec, device).eval()
 
 
 def _is_mapped(module: LibraryModel) -> bool:
@@ -176,13 +213,14 @@ def _shape_frozen(spec: EncoderSpec, module: LibraryModel) -> Tower:
     """View a shape as a tower that runs as a whole."""
     match spec.library:
         case "timm":
-            from apecache.encoders.from_timm import shape_features, shape_size
+            from apecache.encoders.from_timm import shape_features
         case "hf":
-            from apecache.encoders.from_transformers import image_size as shape_size
             from apecache.encoders.from_transformers import shape_features
+        case "st":
+            from apecache.encoders.from_sentence_transformers import shape_features
         case _:
-            from apecache.encoders.from_open_clip import shape_features, shape_size
-    size = shape_size(spec) if spec.modality == "image" else None
+            from apecache.encoders.from_open_clip import shape_features
+    size = _pixels(spec) if spec.modality == "image" else None
     tokens = None
     if spec.library != "open_clip":
         tokens = shape_features(replace(spec, pooling="tokens"), module)
@@ -214,8 +252,14 @@ def load_preprocess(spec: EncoderSpec) -> Preprocess:
             from apecache.encoders.from_open_clip import open_clip_preprocess
 
             return open_clip_preprocess(spec)
+        case "st":
+            from apecache.encoders.from_sentence_transformers import (
+                sentence_transformers_preprocess,
+            )
+
+            return sentence_transformers_preprocess(spec)
         case _:
-            raise EncoderError(f"encoder {spec}: {NOT_TRAINABLE}")
+            raise EncoderError(f"encoder {spec}: library {spec.library!r} has no images")
 
 
 def count_classes(spec: EncoderSpec) -> int:

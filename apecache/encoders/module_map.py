@@ -3,53 +3,47 @@
 The names are those within the libraries' own models.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
 
 from apecache.encoders.library_types import LibraryModel, ModelConfig
-from apecache.errors import EncoderError
-
-Place = Literal[
-    "patch_embedding",
-    "token_embedding",
-    "position",
-    "cls",
-    "registers",
-    "token_types",
-    "embedding_norm",
-    "block",
-    "final_norm",
-    "pooler",
-    "whole",
-    "adapter",
-    "head",
-]
-"""What a parameter belongs to; adapters and heads are ours, the rest is the library's.
-
-A pooler is the model's own, above the final norm: SigLIP's attention head, CLIP's projection.
-`whole` is every parameter of a frozen model whose parts have no names."""
-EMBEDDING_PLACES: tuple[Place, ...] = (
-    "patch_embedding",
-    "token_embedding",
-    "position",
-    "cls",
-    "registers",
-    "token_types",
-    "embedding_norm",
+from apecache.encoders.module_places import (
+    BERT_PLACES,
+    CLIP_PLACES,
+    CLIP_TEXT_PLACES,
+    DEBERTA_PLACES,
+    DECODER_PLACES,
+    DINOV3_PLACES,
+    HF_VISION_PLACES,
+    MODERNBERT_PLACES,
+    MPNET_PLACES,
+    OPEN_CLIP_TEXT_PLACES,
+    OPEN_CLIP_VIT_PLACES,
+    SIGLIP_PLACES,
+    T5_PLACES,
+    TIMM_PLACES,
+    Place,
 )
+from apecache.errors import EncoderError
 
 Family = Literal[
     "timm",
     "timm-beit",
+    "timm-eva",
     "hf-vit",
     "hf-beit",
     "hf-dinov3",
     "hf-siglip",
     "hf-clip",
+    "hf-siglip-text",
+    "hf-clip-text",
+    "open_clip-vit",
+    "open_clip-text",
     "bert",
+    "deberta",
     "mpnet",
     "distilbert",
     "modernbert",
@@ -57,16 +51,43 @@ Family = Literal[
     "decoder",
     "whole",
 ]
-TEXT_FAMILIES: tuple[Family, ...] = ("bert", "mpnet", "distilbert", "modernbert", "t5", "decoder")
+Wrapper = Literal["open_clip-timm", "open_clip-hf"]
+"""A model of open_clip around a model of timm or transformers, with a projection of its own."""
+TEXT_FAMILIES: tuple[Family, ...] = (
+    "hf-siglip-text",
+    "hf-clip-text",
+    "open_clip-text",
+    "bert",
+    "deberta",
+    "mpnet",
+    "distilbert",
+    "modernbert",
+    "t5",
+    "decoder",
+)
+OWN_FAMILIES: tuple[Family, ...] = (
+    "timm",
+    "timm-beit",
+    "timm-eva",
+    "hf-clip",
+    "hf-clip-text",
+    "hf-siglip-text",
+    "open_clip-vit",
+    "open_clip-text",
+)
+"""Families that always have a pooling of their own."""
+PADDED_FAMILIES: tuple[Family, ...] = ("hf-siglip-text",)
+"""Families whose tokens see the padding of their text."""
 HF_VISION = ("vit", "deit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 HF_BEIT = ("beit", "data2vec-vision")
-HF_CONTRASTIVE = ("clip", "siglip")
-BERT_LIKE = ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert")
+HF_CONTRASTIVE = ("clip", "metaclip_2", "siglip")
+BERT_LIKE = ("bert", "roberta", "xlm-roberta", "mpnet", "distilbert", "modernbert", "deberta-v2")
 SUPPORTED = (
-    "timm VisionTransformer, VisionTransformerDistilled, Beit; transformers "
+    "timm VisionTransformer, VisionTransformerDistilled, Beit, Eva; transformers "
     + ", ".join((*HF_VISION, *HF_BEIT, *HF_CONTRASTIVE))
-    + "; "
-    "for text " + ", ".join((*BERT_LIKE, "t5", "mt5", "qwen3"))
+    + "; open_clip's vision transformers; for text "
+    + ", ".join((*BERT_LIKE, "t5", "mt5", "qwen3", *HF_CONTRASTIVE, "siglip2"))
+    + ", open_clip's text transformers"
 )
 FROZEN_ONLY = "convolutional and hierarchical encoders can be used frozen only"
 
@@ -92,75 +113,37 @@ class ModuleMap:
     token."""
     own_pooling: tuple[str, ...] = ()
     """Beginnings of the names of parameters that only the model's own pooling uses."""
+    root: str = ""
+    """Name of the module that holds embeddings and blocks; empty: the model itself."""
+    wrapper: Wrapper | None = None
+    """What the model adds around the module `root`; None: nothing."""
+
+    def within(
+        self,
+        root: str,
+        wrapper: Wrapper,
+        poolers: Sequence[str],
+    ) -> "ModuleMap":
+        """Return the map of a model that wraps this one as its submodule `root`.
+
+        Args:
+            poolers: beginnings of the names, within the wrapper, of what its own pooling adds.
+        """
+        places: dict[str, Place] = dict.fromkeys(poolers, "pooler")
+        places |= {f"{root}.{beginning}": place for beginning, place in self.places.items()}
+        return replace(
+            self,
+            blocks=f"{root}.{self.blocks}",
+            places=places,
+            final_norm=f"{root}.{self.final_norm}" if self.final_norm else None,
+            token_table=f"{root}.{self.token_table}" if self.token_table else None,
+            own_pooling=(*poolers, *[f"{root}.{beginning}" for beginning in self.own_pooling]),
+            root=root,
+            wrapper=wrapper,
+        )
 
 
-TIMM_PLACES: dict[str, Place] = {
-    "patch_embed.": "patch_embedding",
-    "cls_token": "cls",
-    "reg_token": "registers",
-    "dist_token": "registers",
-    "pos_embed": "position",
-    "norm_pre.": "embedding_norm",
-    "norm.": "final_norm",
-    "fc_norm.": "final_norm",
-}
-HF_VISION_PLACES: dict[str, Place] = {
-    "embeddings.patch_embeddings.": "patch_embedding",
-    "embeddings.cls_token": "cls",
-    "embeddings.distillation_token": "registers",
-    "embeddings.register_tokens": "registers",
-    "embeddings.position_embeddings": "position",
-    "shared_position_bias.": "position",
-    "encoder.relative_position_bias.": "position",
-    "layernorm.": "final_norm",
-    "pooler.layernorm.": "final_norm",
-}
-DINOV3_PLACES: dict[str, Place] = {
-    "embeddings.patch_embeddings.": "patch_embedding",
-    "embeddings.cls_token": "cls",
-    "embeddings.register_tokens": "registers",
-    "norm.": "final_norm",
-}
-"""Positions are rotary and have no parameters."""
-SIGLIP_PLACES: dict[str, Place] = {
-    "embeddings.patch_embedding.": "patch_embedding",
-    "embeddings.position_embedding.": "position",
-    "post_layernorm.": "final_norm",
-    "head.": "pooler",
-}
-CLIP_PLACES: dict[str, Place] = {
-    "embeddings.patch_embedding.": "patch_embedding",
-    "embeddings.class_embedding": "cls",
-    "embeddings.position_embedding.": "position",
-    "pre_layrnorm.": "embedding_norm",
-    "post_layernorm.": "final_norm",
-}
-BERT_PLACES: dict[str, Place] = {
-    "embeddings.word_embeddings.": "token_embedding",
-    "embeddings.position_embeddings.": "position",
-    "embeddings.token_type_embeddings.": "token_types",
-    "embeddings.LayerNorm.": "embedding_norm",
-}
-MPNET_PLACES: dict[str, Place] = {
-    **BERT_PLACES,
-    "encoder.relative_attention_bias.": "position",
-}
-MODERNBERT_PLACES: dict[str, Place] = {
-    "embeddings.tok_embeddings.": "token_embedding",
-    "embeddings.norm.": "embedding_norm",
-    "final_norm.": "final_norm",
-}
-DECODER_PLACES: dict[str, Place] = {
-    "embed_tokens.": "token_embedding",
-    "norm.": "final_norm",
-}
-T5_PLACES: dict[str, Place] = {
-    "shared.": "token_embedding",
-    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.": "position",
-    "encoder.final_layer_norm.": "final_norm",
-}
-"""T5's table of relative positions lies in its first block and serves all: it counts as an
-embedding."""
+TIMM_OWN = ("fc_norm.", "attn_pool.")
 T5_NORMS = ("layer.0.layer_norm", "layer.1.layer_norm")
 BERT_TABLE = "embeddings.word_embeddings"
 
@@ -175,7 +158,9 @@ def read_module_map(module: LibraryModel) -> ModuleMap:
     model_type = getattr(config, "model_type", type(module).__name__)
     library, _, _ = type(module).__module__.partition(".")
     module_map = None
-    if library == "timm":
+    if library == "open_clip":
+        module_map = _open_clip_module_map(module)
+    elif library == "timm":
         module_map = _timm_module_map(module)
     elif library == "transformers":
         # Other libraries wrap models of transformers, and pass on their configuration.
@@ -193,32 +178,83 @@ def _timm_module_map(module: LibraryModel) -> ModuleMap | None:
     # timm replaces the final norm by an identity where its head has a norm after pooling.
     has_final_norm = not isinstance(getattr(module, "norm", None), nn.Identity)
     final_norm = "norm" if has_final_norm else None
-    if name == "Beit":
-        return ModuleMap(
-            family="timm-beit",
-            blocks="blocks",
-            places={**TIMM_PLACES, "rel_pos_bias.": "position"},
-            final_norm=final_norm,
-            norms=("norm1", "norm2"),
-            own_pooling=("fc_norm.",),
-        )
-    is_plain = name in ("VisionTransformer", "VisionTransformerDistilled")
-    if not is_plain or module.attn_pool is not None:
-        return None
-    # Blocks of other designs (parallel branches) have no single norm before the attention.
-    if not all(hasattr(block, "norm1") and hasattr(block, "attn") for block in module.blocks):
-        block_name = type(module.blocks[0]).__name__
+    match name:
+        case "Beit":
+            family: Family = "timm-beit"
+            places: dict[str, Place] = {**TIMM_PLACES, "rel_pos_bias.": "position"}
+        case "Eva":
+            family = "timm-eva"
+            places = {**TIMM_PLACES, "rope.": "position"}
+        case "VisionTransformer" | "VisionTransformerDistilled":
+            family = "timm"
+            places = TIMM_PLACES
+        case _:
+            return None
+    # Blocks of other designs (parallel branches, norms at the end) have no norm before attention.
+    block_names = {type(block).__name__ for block in module.blocks}
+    has_norms = all(hasattr(b, "norm1") and hasattr(b, "attn") for b in module.blocks)
+    others = block_names & {"EvaBlockPostNorm", "ResPostBlock"}
+    if not has_norms or others:
         raise EncoderError(
-            f"timm blocks of the kind {block_name} cannot be seen as a tower's; supported are "
-            f"{SUPPORTED}"
+            f"timm blocks of the kind {next(iter(others or block_names))} cannot be seen as a "
+            f"tower's; supported are {SUPPORTED}"
         )
     return ModuleMap(
-        family="timm",
+        family=family,
         blocks="blocks",
-        places=TIMM_PLACES,
+        places=places,
         final_norm=final_norm,
         norms=("norm1", "norm2"),
-        own_pooling=("fc_norm.",),
+        own_pooling=TIMM_OWN,
+    )
+
+
+def _open_clip_module_map(module: LibraryModel) -> ModuleMap | None:
+    """Return the module map of one side of an open_clip model; None of any other."""
+    norms = ("ln_1", "ln_2")
+    match type(module).__name__:
+        case "VisionTransformer":
+            # Elsewhere the norm comes after the pooling.
+            is_plain = module.attn_pool is None and not module.final_ln_after_pool
+            return ModuleMap(
+                family="open_clip-vit",
+                blocks="transformer.resblocks",
+                places=OPEN_CLIP_VIT_PLACES,
+                final_norm="ln_post" if is_plain else None,
+                norms=norms,
+                own_pooling=("attn_pool", "proj") if is_plain else ("attn_pool", "proj", "ln_post"),
+            )
+        case "TextTransformer":
+            return _open_clip_text_map(module, norms)
+        case "TimmModel":
+            inner = read_module_map(module.trunk)
+            # timm's classifier may serve as the projection.
+            return inner.within("trunk", "open_clip-timm", ("head.", "trunk.head."))
+        case "HFTextEncoder":
+            inner = read_module_map(module.transformer)
+            takes_pooler = getattr(module.pooler, "use_pooler_output", False)
+            poolers = ("proj.", "transformer.pooler.") if takes_pooler else ("proj.",)
+            return inner.within("transformer", "open_clip-hf", poolers)
+        case _:
+            return None
+
+
+def _open_clip_text_map(module: LibraryModel, norms: tuple[str, str]) -> ModuleMap:
+    # These masks are made of the token ids, which a cut does not have any more.
+    needs_ids = module.cls_emb is not None or module.use_pad_mask
+    finds_end = module.pool_type in ("argmax", "eos") and module.attn_mask is None
+    if needs_ids or finds_end:
+        raise EncoderError(
+            "an open_clip text tower that appends a class token (CoCa) or masks its padding cannot "
+            "be seen as a tower, so it cannot be trained; use it frozen"
+        )
+    return ModuleMap(
+        family="open_clip-text",
+        blocks="transformer.resblocks",
+        places=OPEN_CLIP_TEXT_PLACES,
+        final_norm="ln_final",
+        norms=norms,
+        own_pooling=("text_projection",),
     )
 
 
@@ -246,22 +282,47 @@ def _image_module_map(module: LibraryModel, model_type: str) -> ModuleMap | None
             )
         case "clip_vision_model" | "metaclip_2_vision_model":
             # The projection lies beside the tower, if the files have it.
-            prefix = "vision_model." if hasattr(module, "vision_model") else ""
-            places: dict[str, Place] = {
-                f"{prefix}{beginning}": place for beginning, place in CLIP_PLACES.items()
-            }
-            places["visual_projection."] = "pooler"
-            return ModuleMap(
+            return _contrastive_map(
+                module,
                 family="hf-clip",
-                blocks=f"{prefix}encoder.layers",
-                places=places,
+                root="vision_model",
+                places=CLIP_PLACES,
                 # Only CLIP's own pooling has a norm, of the CLS token alone.
                 final_norm=None,
-                norms=("layer_norm1", "layer_norm2"),
-                own_pooling=(f"{prefix}post_layernorm.", "visual_projection."),
+                projection="visual_projection.",
             )
         case _:
             return None
+
+
+def _contrastive_map(
+    module: LibraryModel,
+    family: Family,
+    root: str,
+    places: Mapping[str, Place],
+    final_norm: str | None,
+    projection: str,
+) -> ModuleMap:
+    """Return the module map of a CLIP or SigLIP of transformers.
+
+    Args:
+        root: name of the tower's own module, where a projection lies beside it.
+        places: beginnings of names within that module.
+        projection: beginning of the names of what the model's own pooling ends with.
+    """
+    root = root if hasattr(module, root) else ""
+    prefix = f"{root}." if root else ""
+    named_places = {f"{prefix}{beginning}": place for beginning, place in places.items()}
+    own_norm = () if final_norm else (f"{prefix}post_layernorm.",)
+    return ModuleMap(
+        family=family,
+        blocks=f"{prefix}encoder.layers",
+        places={**named_places, projection: "pooler"},
+        final_norm=f"{prefix}{final_norm}" if final_norm else None,
+        norms=("layer_norm1", "layer_norm2"),
+        own_pooling=(*own_norm, projection),
+        root=root,
+    )
 
 
 def _text_module_map(module: LibraryModel, model_type: str) -> ModuleMap | None:
@@ -317,10 +378,47 @@ def _text_module_map(module: LibraryModel, model_type: str) -> ModuleMap | None:
                 final_norm="encoder.final_layer_norm",
                 norms=T5_NORMS,
             )
+        case "clip_text_model" | "metaclip_2_text_model":
+            return _contrastive_map(
+                module,
+                family="hf-clip-text",
+                root="text_model",
+                places=CLIP_TEXT_PLACES,
+                final_norm="final_layer_norm",
+                projection="text_projection.",
+            )
+        case "siglip_text_model" | "siglip2_text_model":
+            return _contrastive_map(
+                module,
+                family="hf-siglip-text",
+                root="text_model",
+                places=CLIP_TEXT_PLACES,
+                final_norm="final_layer_norm",
+                projection="head.",
+            )
+        case "deberta-v2":
+            return _deberta_anatomy(module)
         case "qwen3" if hasattr(module, "embed_tokens"):
             return _decoder_anatomy(module)
         case _:
             return None
+
+
+def _deberta_anatomy(module: LibraryModel) -> ModuleMap:
+    if module.encoder.conv is not None or not module.encoder.relative_attention:
+        raise EncoderError(
+            "a DeBERTa with a convolution (v2-xlarge, v2-xxlarge) or without relative positions "
+            "cannot be seen as a tower, so it cannot be trained; take DeBERTa-v3"
+        )
+    return ModuleMap(
+        family="deberta",
+        blocks="encoder.layer",
+        places=DEBERTA_PLACES,
+        final_norm=None,
+        norms=("attention.output.LayerNorm", "output.LayerNorm"),
+        ends=("attention.output.dropout", "output.dropout"),
+        token_table=BERT_TABLE,
+    )
 
 
 def _decoder_anatomy(module: LibraryModel) -> ModuleMap:

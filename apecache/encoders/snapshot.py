@@ -15,6 +15,10 @@ from apecache.errors import EncoderError, nearest, one_line
 DESCRIPTION_PATTERNS = ("*.json", "*.jinja", "*.md", "*.model", "*.tiktoken", "*.txt")
 IGNORED_PATTERNS = ("onnx/*", "openvino/*", ".git*")
 CARD = "README.md"
+CONFIG_PATTERNS = ("config.json", "sentence_*_config.json", "[0-9]*_*/config.json")
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation")
+OWN_ATTENTIONS = ("eager", "sdpa")
+"""Attentions that need no other package."""
 WELL_KNOWN = (
     "bert-base-uncased",
     "facebook/dino-vitb16",
@@ -201,6 +205,32 @@ def refuse_code(spec: EncoderSpec, folder: Path, is_known: Callable[[str], bool]
             raise EncoderError(
                 f"encoder {spec}: modules.json names {class_name}, Python code of its own "
                 "repository, which apecache never runs; choose another model"
+            )
+
+
+def refuse_kernels(spec: EncoderSpec, folder: Path) -> None:
+    """Refuse a folder whose configuration names an attention that is not the library's own.
+
+    With the package `kernels` installed, transformers downloads such code and runs it.
+
+    Raises:
+        EncoderError: a configuration names such an attention.
+    """
+    for pattern in CONFIG_PATTERNS:
+        for path in sorted(folder.glob(pattern)):
+            described = read_json(path, spec)
+            for key in ATTENTION_KEYS:
+                for name in true_keys(described, key):
+                    _require_own_attention(spec, path.name, name)
+
+
+def _require_own_attention(spec: EncoderSpec, file_name: str, name: Any) -> None:
+    names = list(name.values()) if isinstance(name, dict) else [name]
+    for single_name in names:
+        if single_name is not None and single_name not in OWN_ATTENTIONS:
+            raise EncoderError(
+                f"encoder {spec}: {file_name} asks for the attention {single_name!r}, code from "
+                "elsewhere, which apecache never runs; take attn_implementation out of the file"
             )
 
 

@@ -14,9 +14,12 @@ from apecache.fingerprint import Fingerprint, Modality, canonical_json
 
 Pooling = Literal["default", "cls", "mean", "max", "last", "cls+mean", "tokens"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
-ComputeDtype = Literal["float32", "float16", "bfloat16"]
+Precision = Literal["float32", "tf32", "float16", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Resize = Literal["reference", "torchvision"]
 LIBRARIES = ("timm", "hf", "open_clip", "st")
+IMPORTED = "imported"
+"""Stands for the library of features that were imported without naming their encoder."""
 JOINED = "joined"
 """The library of a spec that names several encoders. Its name holds their specs as JSON."""
 DESCRIPTIONS = {"open_clip": "open_clip_config.json", "st": "modules.json"}
@@ -46,8 +49,9 @@ class EncoderSpec:
     """Pixels; None: what the encoder's files say."""
     max_tokens: int | None = None
     """None: what the encoder's files say."""
-    dtype: ComputeDtype = "float32"
-    """Of the computation; `ExtractSpec.storage_dtype` is that of the stored features."""
+    dtype: Precision = "float32"
+    """Precision of the computation; `ExtractSpec.storage_dtype` is that of the stored features.
+    `tf32`: float32 whose products and convolutions a CUDA device rounds to TF32."""
     layer: int | None = None
     """Number of blocks before the cut, which is before the final norm; a negative one counts from
     the end (-1: after the last block). None: the model's output."""
@@ -57,8 +61,15 @@ class EncoderSpec:
     """`torchvision` decodes and resizes on uint8 tensors: faster, and other last bits."""
 
     @property
+    def is_imported(self) -> bool:
+        """Return whether the encoder is not known, as its features were imported without it."""
+        return self.library == IMPORTED
+
+    @property
     def folder(self) -> Path | None:
         """Return the local folder, if the name is one (absolute, `./`, `../`, `~`, or existing)."""
+        if self.is_imported:
+            return None
         path = os.path.expanduser(self.name)
         return Path(path) if looks_local(self.name) or os.path.isdir(path) else None
 
@@ -158,19 +169,19 @@ def spec_from_json(value: object) -> EncoderSpec:
         has_known_choices = (
             spec.modality in get_args(Modality)
             and spec.pooling in POOLINGS
-            and spec.dtype in get_args(ComputeDtype)
+            and spec.dtype in PRECISIONS
             and spec.resize in get_args(Resize)
         )
         optional_texts = [text for text in (spec.revision, spec.prefix) if text is not None]
         has_texts = all(type(text) is str for text in (spec.library, spec.name, *optional_texts))
         numbers = (spec.resolution, spec.max_tokens, spec.layer)
-        # type() and not isinstance: JSON's true is no number of pixels.
+        # type() and not isinstance: JSON's true is not a number of pixels.
         has_numbers = all(type(number) is int for number in numbers if number is not None)
         if not (has_known_choices and has_texts and has_numbers):
             raise ValueError("fields of other kinds than expected")
     except (TypeError, ValueError) as error:
         raise EncoderError(f"not the description of an encoder: {one_line(error)}") from None
-    if spec.library not in (*LIBRARIES, JOINED):
+    if spec.library not in (*LIBRARIES, IMPORTED, JOINED):
         raise EncoderError(
             f"encoder of library {spec.library!r}: this apecache knows {', '.join(LIBRARIES)}"
         )
@@ -183,8 +194,10 @@ def looks_local(name: str) -> bool:
 
 
 def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
-    """Parse `timm:vit_small_patch14_dinov2`, `hf:sentence-transformers/all-MiniLM-L6-v2@main`,
-    `timm:/folder`, …
+    """Parse the name of an encoder.
+
+    Examples: `timm:vit_small_patch14_dinov2`, `hf:sentence-transformers/all-MiniLM-L6-v2@main`,
+    `timm:/folder`.
 
     Raises:
         EncoderError: no or an unknown library, an empty name, a library without encoders of that
@@ -200,11 +213,8 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
             f"encoder {text!r}: expected LIBRARY:NAME with LIBRARY one of "
             f"{', '.join(LIBRARIES)}{hint}"
         )
-    if (library, modality) in (("timm", "text"), ("st", "image")):
-        other = "hf:ID or st:ID" if library == "timm" else "timm:NAME or hf:ID"
-        raise EncoderError(
-            f"encoder {text!r}: {library} has no {modality} encoders here; use {other}"
-        )
+    if library == "timm" and modality == "text":
+        raise EncoderError(f"encoder {text!r}: timm has no text encoders; use hf:ID or st:ID")
     revision = None
     # A folder's path may hold an @ of its own.
     if not looks_local(name) and not os.path.isdir(name):
@@ -219,7 +229,7 @@ def parse_encoder(text: str, modality: Modality) -> EncoderSpec:
 
 
 def parse_cut(text: str) -> tuple[Pooling, int | None]:
-    """Parse `POOLING` or `POOLING@LAYER`: `cls`, `mean@8`, `tokens@-1`, …
+    """Parse `POOLING` or `POOLING@LAYER`, for example `cls`, `mean@8` and `tokens@-1`.
 
     Returns:
         The pooling, and the layer or None.
@@ -239,6 +249,22 @@ def parse_cut(text: str) -> tuple[Pooling, int | None]:
             f"cut {text!r}: inside a model there is no pooling of its own; give mean{at}{layer}, …"
         )
     return pooling, int(layer) if at else None
+
+
+def no_class_token(name: object, modality: Modality) -> EncoderError:
+    """Return the error for a CLS pooling of an encoder that has no CLS token."""
+    return EncoderError(
+        f"{name} has no CLS token; use --{modality}-cut default or mean; for a recipe that takes "
+        f"it, --set towers.{modality}_pooling=default"
+    )
+
+
+def frozen_only(spec: EncoderSpec) -> EncoderError:
+    """Return the error for a model of sentence-transformers that is to be trained."""
+    return EncoderError(
+        f"encoder {spec} cannot be trained: st: encoders can be used frozen only; to train its "
+        "transformer take hf:"
+    )
 
 
 def missing_folder(folder: Path, description: str) -> str:

@@ -48,6 +48,12 @@ E5_NAME = re.compile(r"(multilingual-)?e5-(small|base|large)\b", re.IGNORECASE)
 E5_CARD = 'should start with "query: " or "passage: "'
 MEAN_TYPES = ("t5", "mt5", "umt5")
 """Encoders without a masked language model whose tokens are averaged (Ni et al. 2022)."""
+CONTRASTIVE_TYPES = (
+    "clip_text_model",
+    "metaclip_2_text_model",
+    "siglip_text_model",
+    "siglip2_text_model",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +142,15 @@ def resolve_pooling(spec: EncoderSpec, folder: Path, use: TextUse, config: Model
     return convention
 
 
+def has_class_token(config: ModelConfig) -> bool:
+    """Tell whether a text's first token stands for the text.
+
+    T5 and SigLIP have no such token. The first token of a causal model sees nothing but itself.
+    """
+    without_class = (*MEAN_TYPES, *CONTRASTIVE_TYPES)
+    return config.model_type not in without_class and _convention(config) != "last"
+
+
 def _convention(config: ModelConfig) -> Pooling | None:
     model_type = config.model_type
     if model_type in MEAN_TYPES:
@@ -160,6 +175,14 @@ def _saved_pooling(described: dict[str, Any]) -> Pooling | None:
         flags = _selected_flags(described)
         mode = POOLING_FLAGS.get(flags[0]) if len(flags) == 1 else None
     return POOLING_NAMES.get(mode) if isinstance(mode, str) else None
+
+
+def pooling_names(described: dict[str, Any]) -> list[str]:
+    """Return the poolings of a pooling file, in either form, by sentence-transformers' names."""
+    mode = described.get("pooling_mode")
+    if mode is None:
+        return _selected_flags(described)
+    return list(mode) if isinstance(mode, list) else str(mode).split("+")
 
 
 def _selected_flags(described: dict[str, Any]) -> list[str]:

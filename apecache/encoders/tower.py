@@ -14,11 +14,19 @@ from torch.utils.checkpoint import checkpoint
 
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, pool_tokens
 from apecache.encoders.library_types import LibraryModel, ModelConfig
-from apecache.encoders.module_map import SUPPORTED, TEXT_FAMILIES, ModuleMap, read_module_map
+from apecache.encoders.module_map import (
+    OWN_FAMILIES,
+    PADDED_FAMILIES,
+    SUPPORTED,
+    TEXT_FAMILIES,
+    ModuleMap,
+    read_module_map,
+)
 from apecache.encoders.sample_draws import checkpoint_contexts
-from apecache.encoders.spec import Pooling
+from apecache.encoders.spec import Pooling, frozen_only, no_class_token
 from apecache.encoders.tower_forward import block_contexts, embed_inputs
 from apecache.encoders.tower_parameters import ParameterWalk, RowEmbedding, TowerParameter
+from apecache.encoders.tower_pooling import own_dim, pool_own
 from apecache.errors import EncoderError
 from apecache.fingerprint import Modality
 
@@ -68,22 +76,28 @@ class Tower(nn.Module):
         return len(self.blocks)
 
     @property
+    def root(self) -> LibraryModel:
+        """Return the module that holds embeddings and blocks: the model, or what it wraps."""
+        return self.module.get_submodule(self.module_map.root)
+
+    @property
     def dim(self) -> int:
         """Return the width of the tokens."""
         match self.module_map.family:
-            case "timm" | "timm-beit":
-                return int(self.module.embed_dim)
+            case "timm" | "timm-beit" | "timm-eva":
+                return int(self.root.embed_dim)
+            case "open_clip-vit":
+                return int(self.root.transformer.width)
+            case "open_clip-text":
+                return int(self.root.width)
             case _:
-                return int(self.module.config.hidden_size)
+                return int(self.root.config.hidden_size)
 
     @property
     def output_dim(self) -> int:
         """Return the width of the pooled output; the model's own may differ from the tokens'."""
-        if self.pooling == "default" and self.module_map.family == "hf-clip":
-            projection = getattr(self.module, "visual_projection", None)
-            return self.dim if projection is None else int(projection.out_features)
         if self.pooling == "default":
-            return int(getattr(self.module, "head_hidden_size", self.dim))
+            return own_dim(self.module, self.module_map, self.dim)
         return 2 * self.dim if self.pooling == "cls+mean" else self.dim
 
     @property
@@ -92,10 +106,12 @@ class Tower(nn.Module):
         if self.pixels is not None:
             return self.pixels
         match self.module_map.family:
-            case "timm" | "timm-beit":
-                height, width = self.module.patch_embed.img_size
+            case "timm" | "timm-beit" | "timm-eva":
+                height, width = self.root.patch_embed.img_size
+            case "open_clip-vit":
+                height, width = self.root.image_size
             case _:
-                size = self.module.config.image_size
+                size = self.root.config.image_size
                 height, width = (size, size) if isinstance(size, int) else size
         return int(height), int(width)
 
@@ -148,7 +164,7 @@ class Tower(nn.Module):
             return hidden
         final_norm = self.module.get_submodule(self.module_map.final_norm)
         normed: Tensor = final_norm(hidden)
-        return self.module.encoder.dropout(normed) if self.module_map.family == "t5" else normed
+        return self.root.encoder.dropout(normed) if self.module_map.family == "t5" else normed
 
     def pool(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Pool tokens after the final norm -> [n, output_dim].
@@ -157,25 +173,10 @@ class Tower(nn.Module):
         SigLIP's attention head, or CLIP's projection. All others are pooled as in extraction.
         """
         if self.pooling == "default":
-            return self._pool_own(tokens)
+            return pool_own(self.module, self.module_map, tokens, mask)
         # A text's CLS token is a word to the mean; an image's CLS and registers are no patches.
         n_prefix = self.n_prefix if self.modality == "image" else 0
         return pool_tokens(tokens, mask=mask, pooling=self.pooling, n_prefix=n_prefix)
-
-    def _pool_own(self, tokens: Tensor) -> Tensor:
-        module = self.module
-        match self.module_map.family:
-            case "hf-beit":
-                return module.pooler(tokens)  # type: ignore[no-any-return]
-            case "hf-siglip":
-                return module.head(tokens)  # type: ignore[no-any-return]
-            case "hf-clip":
-                vision: LibraryModel = getattr(module, "vision_model", module)
-                pooled: Tensor = vision.post_layernorm(tokens[:, 0])
-                projection = getattr(module, "visual_projection", nn.Identity())
-                return projection(pooled)  # type: ignore[no-any-return]
-            case _:
-                return module.forward_head(tokens, pre_logits=True)  # type: ignore[no-any-return]
 
     @property
     def n_prefix(self) -> int:
@@ -183,12 +184,19 @@ class Tower(nn.Module):
         match self.module_map.family:
             case "hf-siglip":
                 return 0
-            case "timm" | "timm-beit":
-                return int(getattr(self.module, "num_prefix_tokens", 1))
-            case "hf-vit" if self.module.config.model_type == "deit":
+            case "timm" | "timm-beit" | "timm-eva":
+                return int(getattr(self.root, "num_prefix_tokens", 1))
+            case "open_clip-vit":
+                return 1
+            case "hf-vit" if self.root.config.model_type == "deit":
                 return 2
             case _:
-                return 1 + int(getattr(self.module.config, "num_register_tokens", 0))
+                return 1 + int(getattr(self.root.config, "num_register_tokens", 0))
+
+    @property
+    def sees_padding(self) -> bool:
+        """Tell whether the tokens of a text depend on its padding, which caches leave out."""
+        return self.module_map.family in PADDED_FAMILIES
 
     def _run(self, hidden: Tensor, depths: range, mask: Tensor | None) -> Tensor:
         contexts = self._contexts(hidden, mask) if depths else []
@@ -210,7 +218,7 @@ class Tower(nn.Module):
             module_map=self.module_map,
             hidden=hidden,
             mask=mask,
-            image_size=self.image_size if self.module_map.family == "hf-dinov3" else None,
+            image_size=self.image_size if self.modality == "image" else None,
         )
 
     def _checked(self, cut: int) -> int:
@@ -236,8 +244,10 @@ class Tower(nn.Module):
         return tower_parts
 
     def parameter(self, part: TowerParameter) -> nn.Parameter:
-        """Return the parameter that holds a part; for the CLS row of a whole token table, the
-        table."""
+        """Return the parameter that holds a part.
+
+        For the CLS row of a whole token table, that is the table.
+        """
         if part.section == "adapter":
             adapter_name = part.name.removeprefix("adapters.")
             return self.adapters.get_parameter(adapter_name)
@@ -286,8 +296,8 @@ class Tower(nn.Module):
     def has_cls(self) -> bool:
         """Tell whether the first token is a CLS token, which stands for the whole input."""
         match self.module_map.family:
-            case "timm" | "timm-beit":
-                return self.module.cls_token is not None
+            case "timm" | "timm-beit" | "timm-eva":
+                return self.root.cls_token is not None
             case "hf-siglip":
                 return False
             case _:
@@ -308,8 +318,7 @@ class Tower(nn.Module):
         self._set_token_table(RowEmbedding(table, self.cls_id))
 
     def join_cls(self) -> None:
-        """Put the row back: the library's model has its original form again, with the trained
-        row."""
+        """Put the trained row back, so that the library's model has its original form again."""
         table = self._token_table()
         if isinstance(table, RowEmbedding):
             self._set_token_table(table.join())
@@ -373,7 +382,8 @@ def build_tower(
     is_text = module_map.family in TEXT_FAMILIES
     if is_text != (modality == "text"):
         raise EncoderError(
-            f"{type(module).__name__} is no {modality} tower; supported are {SUPPORTED}"
+            f"{type(module).__name__} cannot train as the {modality} side; "
+            f"supported are {SUPPORTED}"
         )
     if pooling == "default":
         pooling = _default_pooling(module, module_map)
@@ -392,7 +402,7 @@ def build_tower(
     )
     if "cls" in pooling and not tower.has_cls:
         name = "T5" if module_map.family == "t5" else type(module).__name__
-        raise EncoderError(f"{name} has no CLS token; use --{modality}-cut mean")
+        raise no_class_token(name, modality)
     # A new module is in training mode. Adapters take the tower's mode, and drop out in training.
     tower.training = module.training
     return tower
@@ -401,7 +411,7 @@ def build_tower(
 def _default_pooling(module: LibraryModel, module_map: ModuleMap) -> Pooling:
     """Return the default pooling of a tower; `default` where the model has one of its own."""
     match module_map.family:
-        case "timm" | "timm-beit" | "hf-clip":
+        case family if family in OWN_FAMILIES or module_map.wrapper:
             return "default"
         case "hf-siglip":
             return "default" if module.use_head else "mean"
@@ -438,6 +448,8 @@ def tower_of(encoder: ImageEncoder | TextEncoder) -> Tower:
         raise EncoderError(
             f"encoder {encoder.spec}: a tower ends after its last norm; leave the layer out"
         )
+    if encoder.spec.library == "st":
+        raise frozen_only(encoder.spec)
     if isinstance(encoder, ImageEncoder):
         tower = build_tower(encoder.module, "image", encoder.spec.pooling)
         _, height, width = encoder.input_shape
@@ -445,7 +457,8 @@ def tower_of(encoder: ImageEncoder | TextEncoder) -> Tower:
         return tower
     inputs: Any = encoder.fingerprint.fields["inputs"]
     # An empty text has special tokens only, and the first of them is the CLS token.
-    cls_id = encoder.tokenize([""]).ids[0][0]
+    special_ids = encoder.tokenize([""]).ids[0]
+    cls_id = special_ids[0] if special_ids else None
     return build_tower(
         encoder.module,
         modality="text",

@@ -19,7 +19,15 @@ MASKED = -65504.0
 
 def embed_inputs(module: LibraryModel, module_map: ModuleMap, inputs: Tensor) -> Tensor:
     """Pixels or token ids -> tokens [n, length, dim] as the first block takes them."""
+    module = module.get_submodule(module_map.root)
     match module_map.family:
+        case "timm-eva":
+            return _embed_eva(module, inputs)
+        case "open_clip-vit":
+            return module._embeds(inputs)  # type: ignore[no-any-return]
+        case "open_clip-text":
+            embedded, _ = module._embeds(inputs)
+            return embedded  # type: ignore[no-any-return]
         case "timm":
             tokens = module._pos_embed(module.patch_embed(inputs))
             return module.norm_pre(module.patch_drop(tokens))  # type: ignore[no-any-return]
@@ -41,9 +49,8 @@ def embed_inputs(module: LibraryModel, module_map: ModuleMap, inputs: Tensor) ->
                 interpolate_pos_encoding=True,
             )
         case "hf-clip":
-            vision: LibraryModel = getattr(module, "vision_model", module)
-            embedded = vision.embeddings(inputs, interpolate_pos_encoding=True)
-            return vision.pre_layrnorm(embedded)  # type: ignore[no-any-return]
+            embedded = module.embeddings(inputs, interpolate_pos_encoding=True)
+            return module.pre_layrnorm(embedded)  # type: ignore[no-any-return]
         case "hf-beit":
             embedded = module.embeddings(inputs)
             # Data2VecVision also returns the shape of its grid.
@@ -51,7 +58,15 @@ def embed_inputs(module: LibraryModel, module_map: ModuleMap, inputs: Tensor) ->
             return patches  # type: ignore[no-any-return]
         case "hf-dinov3":
             return module.embeddings(inputs)  # type: ignore[no-any-return]
-        case "bert" | "mpnet" | "distilbert" | "modernbert":
+        case (
+            "bert"
+            | "deberta"
+            | "mpnet"
+            | "distilbert"
+            | "modernbert"
+            | "hf-clip-text"
+            | "hf-siglip-text"
+        ):
             return module.embeddings(input_ids=inputs)  # type: ignore[no-any-return]
         case "t5":
             return module.encoder.dropout(module.shared(inputs))  # type: ignore[no-any-return]
@@ -59,6 +74,14 @@ def embed_inputs(module: LibraryModel, module_map: ModuleMap, inputs: Tensor) ->
             return module.embed_tokens(inputs)  # type: ignore[no-any-return]
         case "whole":
             raise EncoderError(f"{type(module).__name__} runs as a whole; its parts have no names")
+
+
+def _embed_eva(module: LibraryModel, pixels: Tensor) -> Tensor:
+    # Rotary positions of training are drawn at random, differently in each slice of a batch.
+    if module.rope is not None:
+        module.rope.eval()
+    tokens, _ = module._pos_embed(module.patch_embed(pixels))
+    return module.norm_pre(tokens)  # type: ignore[no-any-return]
 
 
 def block_contexts(
@@ -76,8 +99,11 @@ def block_contexts(
         image_size: (height, width) of the images; None for texts.
     """
     n_blocks = len(module.get_submodule(module_map.blocks))
+    module = module.get_submodule(module_map.root)
     if module_map.family == "modernbert":
         return _modernbert_contexts(module, hidden, mask)
+    if module_map.family == "timm-eva":
+        return _eva_contexts(module, hidden, image_size)
     context = _shared_context(
         module,
         module_map=module_map,
@@ -98,15 +124,23 @@ def _shared_context(
     """Return the keywords that are the same for all blocks."""
     length = hidden.shape[1]
     match module_map.family:
-        case "timm" | "hf-vit":
+        case "timm" | "hf-vit" | "open_clip-vit":
             return {}
-        case "hf-siglip" | "hf-clip":
+        case "hf-siglip" | "hf-clip" | "hf-siglip-text":
+            # SigLIP's texts were trained without hiding their padding.
             return {"attention_mask": None}
+        case "hf-clip-text":
+            return {"attention_mask": _causal(mask, hidden)}
+        case "open_clip-text":
+            causal = module.attn_mask
+            return {"attn_mask": None if causal is None else causal[:length, :length]}
+        case "deberta":
+            return _deberta_context(module, hidden, mask)
         case "timm-beit":
             bias = None if module.rel_pos_bias is None else module.rel_pos_bias()
             return {"shared_rel_pos_bias": bias}
         case "hf-beit":
-            return _beit_context(module, length)
+            return _beit_context(module, length, image_size)
         case "hf-dinov3":
             return {"position_embeddings": _dinov3_positions(module, hidden, image_size)}
         case "mpnet":
@@ -129,20 +163,81 @@ def _shared_context(
             return {"attention_mask": _additive(mask, hidden)}
 
 
-def _beit_context(module: LibraryModel, length: int) -> dict[str, Any]:
-    # Tokens after a cut do not say their shape any more: the image is taken to be square.
-    grid_size = round((length - 1) ** 0.5)
-    patch_size = module.config.patch_size
-    image_size = grid_size * patch_size
+def _beit_context(
+    module: LibraryModel,
+    length: int,
+    image_size: tuple[int, int] | None,
+) -> dict[str, Any]:
+    patch_size = int(module.config.patch_size)
+    grid = _patch_grid(length - 1, patch_size, image_size)
     # Data2VecVision keeps the table that all blocks share in its encoder.
     is_beit = module.config.model_type == "beit"
     if is_beit:
         shared = module.shared_position_bias
     else:
         shared = getattr(module.encoder, "relative_position_bias", None)
-    bias = None if shared is None else shared((grid_size, grid_size), dim_size=length)
+    bias = None if shared is None else shared(grid, dim_size=length)
     bias_name = "attention_mask" if is_beit else "relative_position_bias"
-    return {bias_name: bias, "resolution": (image_size, image_size)}
+    resolution = (grid[0] * patch_size, grid[1] * patch_size)
+    return {bias_name: bias, "resolution": resolution}
+
+
+def _patch_grid(
+    n_patches: int,
+    patch_size: int,
+    image_size: tuple[int, int] | None,
+) -> tuple[int, int]:
+    """Return (rows, columns) of the patches, which tokens after a cut do not say any more.
+
+    Raises:
+        EncoderError: the tokens are not those of a square image, nor of `image_size`.
+    """
+    height, width = image_size or (0, 0)
+    grid = (height // patch_size, width // patch_size)
+    if grid[0] * grid[1] != n_patches:
+        # The config may name another size than the images have.
+        side = round(n_patches**0.5)
+        grid = (side, side)
+    if grid[0] * grid[1] != n_patches:
+        raise EncoderError(
+            f"{n_patches} patches are those of no square image, and of none with {height} x "
+            f"{width} pixels; give the image size"
+        )
+    return grid
+
+
+def _eva_contexts(
+    module: LibraryModel,
+    hidden: Tensor,
+    image_size: tuple[int, int] | None,
+) -> list[dict[str, Any]]:
+    """Return the rotary positions of each block; those of evaluation in training too."""
+    n_blocks = len(module.blocks)
+    if module.rope is None:
+        return [{}] * n_blocks
+    patch_height, _ = module.patch_embed.patch_size
+    n_patches = hidden.shape[1] - module.num_prefix_tokens
+    grid = _patch_grid(n_patches, int(patch_height), image_size)
+    # The shape alone decides, as in the library for images of any size.
+    rotations = module.rope.eval().get_embed(shape=grid)
+    if getattr(module, "rope_mixed", False):
+        return [{"rope": rotations[depth]} for depth in range(n_blocks)]
+    return [{"rope": rotations}] * n_blocks
+
+
+def _deberta_context(
+    module: LibraryModel,
+    hidden: Tensor,
+    mask: Tensor | None,
+) -> dict[str, Any]:
+    encoder = module.encoder
+    if mask is None:
+        mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    return {
+        "attention_mask": encoder.get_attention_mask(mask),
+        "relative_pos": encoder.get_rel_pos(hidden),
+        "rel_embeddings": encoder.get_rel_embedding(),
+    }
 
 
 def _dinov3_positions(
@@ -158,20 +253,9 @@ def _dinov3_positions(
     Raises:
         EncoderError: the tokens are not those of a square image, nor of `image_size`.
     """
-    config = module.config
-    n_patches = hidden.shape[1] - 1 - config.num_register_tokens
-    patch_size = int(config.patch_size)
-    side = round(n_patches**0.5)
-    height, width = image_size or (0, 0)
-    grid = (height // patch_size, width // patch_size)
-    if grid[0] * grid[1] != n_patches:
-        # The config may name another size than the images have.
-        grid = (side, side)
-    if grid[0] * grid[1] != n_patches:
-        raise EncoderError(
-            f"{n_patches} patches are those of no square image, and of none with {height} x "
-            f"{width} pixels; give the image size"
-        )
+    n_patches = hidden.shape[1] - 1 - module.config.num_register_tokens
+    patch_size = int(module.config.patch_size)
+    grid = _patch_grid(n_patches, patch_size, image_size)
     positions = module.rope_embeddings.eval()
     # Of the pixels only shape, dtype and device are read.
     pixels = hidden.new_empty(1, 1, grid[0] * patch_size, grid[1] * patch_size)

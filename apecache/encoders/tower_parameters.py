@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.module_map import ModuleMap, Place
+from apecache.encoders.module_map import ModuleMap
+from apecache.encoders.module_places import Place
 from apecache.encoders.spec import Pooling
 
 BIAS_NAMES = ("bias", "q_bias", "k_bias", "v_bias")
@@ -139,8 +140,10 @@ class ParameterWalk:
         return [table, cls_row]
 
     def _place(self, name: str) -> tuple[Place | None, int]:
-        """Return what a parameter belongs to, and its depth as in `TowerParameter`; (None, -1) if
-        neither."""
+        """Return what a parameter belongs to, and its depth as in `TowerParameter`.
+
+        A parameter that belongs to nothing gives (None, -1).
+        """
         if self.pooling != "default" and name.startswith(self.module_map.own_pooling):
             return None, -1
         for beginning, tower_place in self.module_map.places.items():

@@ -10,15 +10,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.utils import logging
 
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.snapshot import cannot_open
+from apecache.encoders.snapshot import cannot_open, refuse_kernels
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import EncoderError
 from apecache.fingerprint import Json
 
-WEIGHT_FILES = (
-    ("model.safetensors", "model-*.safetensors"),
-    ("pytorch_model.bin", "pytorch_model-*.bin"),
-)
 NOT_IDENTITY = (
     "_commit_hash",
     "_name_or_path",
@@ -33,6 +29,7 @@ NOT_IDENTITY = (
 
 def open_saved(factory: Any, spec: EncoderSpec, folder: Path, **options: Any) -> Any:
     """Open one part of a saved model. Python code in its folder never runs."""
+    refuse_kernels(spec, folder)
     try:
         return factory.from_pretrained(str(folder), **_no_code(factory), **options)
     except Exception as error:  # the libraries below share no base class of errors

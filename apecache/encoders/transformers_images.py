@@ -17,7 +17,7 @@ from transformers import (
 from apecache.encoders.encoder import FeatureTap, State, States, pool_tokens
 from apecache.encoders.layers import caught, flatten_map
 from apecache.encoders.library_types import LibraryModel, ModelConfig
-from apecache.encoders.spec import EncoderSpec, Pooling
+from apecache.encoders.spec import EncoderSpec, Pooling, no_class_token
 from apecache.errors import EncoderError
 
 VIT_TYPES = (
@@ -30,7 +30,25 @@ VIT_TYPES = (
     "ijepa",
     "vit",
 )
-STAGE_TYPES = ("convnext", "convnextv2", "dinov3_convnext", "hiera", "swin", "swinv2")
+CONVOLUTION_TYPES = (
+    "bit",
+    "efficientnet",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "mobilevit",
+    "regnet",
+    "resnet",
+)
+STAGE_TYPES = (
+    "convnext",
+    "convnextv2",
+    "dinov3_convnext",
+    "focalnet",
+    "hiera",
+    "swin",
+    "swinv2",
+    *CONVOLUTION_TYPES,
+)
 """Convolutional and hierarchical models; their pooled output is what their classifiers take."""
 PROJECTED_TYPES = {
     "clip": CLIPVisionModelWithProjection,
@@ -180,7 +198,9 @@ def image_states(module: LibraryModel, spec: EncoderSpec, family: ImageFamily) -
         tokens_by_state["end"] = output.last_hidden_state
         if "own" in requested:
             assert family.own_output is not None
-            tokens_by_state["own"] = getattr(output, family.own_output)
+            own: Tensor = getattr(output, family.own_output)
+            # Convolutional networks keep the height and width of 1.
+            tokens_by_state["own"] = own.flatten(1)
         return tokens_by_state
 
     return states
@@ -219,7 +239,7 @@ def _image_pooling(spec: EncoderSpec, layer: State, family: ImageFamily) -> Pool
     is_map = layer != "end" and family.config.model_type in STAGE_TYPES
     has_class = family.has_class and not is_map
     if "cls" in spec.pooling and not has_class:
-        raise EncoderError(f"encoder {spec} has no CLS token; use --image-cut default or mean")
+        raise no_class_token(f"encoder {spec}", "image")
     if spec.pooling != "default":
         return spec.pooling
     return "cls" if has_class else "mean"

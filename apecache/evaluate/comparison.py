@@ -1,5 +1,4 @@
-"""Compare two runs, or two groups of seeds, on the images of one split: paired differences of
-recalls."""
+"""Compare two runs, or two groups of seeds, by paired differences of recalls on one split."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from apecache.arguments import AnyPath, as_path, require_type
 from apecache.errors import MismatchError, OptionError, counted
 from apecache.evaluate.embeddings import Embeddings, embed_store
 from apecache.evaluate.left_out import LeftOut
-from apecache.metrics.protocols import retrieval_hits
-from apecache.metrics.retrieval import KS, RetrievalReport, retrieval_report
+from apecache.metrics.protocols import measure_retrieval
+from apecache.metrics.retrieval import KS, RetrievalReport
 from apecache.metrics.statistics import (
     WAYS,
     RetrievalHits,
@@ -137,8 +136,9 @@ def compare_runs(
         reference = reference or embedded
         _require_same_queries(embedded, reference, path)
         vectors = (embedded.image, embedded.text, embedded.image_of_text)
-        reports.append(retrieval_report(*vectors, relevance=embedded.relevance))
-        answers[path] = retrieval_hits(*vectors, relevance=embedded.relevance)
+        measured = measure_retrieval(*vectors, relevance=embedded.relevance)
+        reports.append(measured.report)
+        answers[path] = measured.hits
     left_out = reference.left_out if reference is not None else LeftOut()
     hits_a = [answers[path] for path in paths_a]
     hits_b = [answers[path] for path in paths_b]
@@ -157,7 +157,7 @@ def compare_runs(
         seen_in_training=tuple(
             str(path)
             for path, training in trainings.items()
-            if was_split_seen(training, store.digest, split)
+            if was_split_seen(training, store.trained_digest(training.get("data")), split)
         ),
         # All runs embed the same rows, so they leave out the same ones.
         left_out=left_out,
@@ -171,8 +171,10 @@ def compare_hits(
     metric: str,
     chance: float,
 ) -> MetricDifference:
-    """Compare one metric of `METRICS` on the answers of both sides, a `RetrievalHits` for each
-    seed."""
+    """Compare one metric of `METRICS` on both sides.
+
+    Each side has one `RetrievalHits` for each seed.
+    """
     terms = METRICS[metric]
     values_a = [hits.value(terms) for hits in hits_a]
     values_b = [hits.value(terms) for hits in hits_b]

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from apecache.arguments import require_type
 from apecache.data.images import Picture, open_picture
+from apecache.data.recorded import RecordedImages
 from apecache.encoders.spec import single_fingerprints, spec_from_json
-from apecache.errors import DataError, OptionError, RowError, counted, nearest
+from apecache.errors import DataError, RowError, counted, nearest
 from apecache.evaluate.left_out import LeftOut
 from apecache.fingerprint import Fingerprint, Json, Modality
 from apecache.metrics.relevance import Relevance
@@ -39,8 +40,10 @@ class LiveSide(Protocol):
         """Return the fingerprint of the encoder before training."""
 
     def require_encoder(self, fingerprint: Fingerprint, where: str) -> None:
-        """Raise MismatchError unless `fingerprint` is the encoder before training; `where` has
-        it."""
+        """Raise MismatchError unless `fingerprint` is the encoder before training.
+
+        `where` has that encoder, and stands in the message.
+        """
 
     def embed(self, inputs: Sequence[Any], batch: int = 64) -> Tensor:
         """Embed inputs -> float32 [n, dim], L2-normalized."""
@@ -101,7 +104,7 @@ def embed_store(
     Raises:
         MismatchError: the store has no features of a frozen encoder.
         DataError: no such split, nothing in it, or an image that cannot be read.
-        OptionError: images are needed.
+        OptionError: images are needed, and are not where the store recorded them.
         IncompleteError, DamagedError: the store.
     """
     require_type(store, FeatureStore, "store")
@@ -231,10 +234,7 @@ def embed_rows(
         return side.embed(features, lengths)
     if modality == "text":
         return side.embed([str(store.pairs.captions[row]) for row in rows])
-    if open_image is None:
-        raise OptionError(
-            "this run trained its image tower, so it needs the images; give their folder (--root)"
-        )
+    open_image = open_image or RecordedImages(store.last_source)
     keys = [str(store.pairs.keys[row]) for row in rows]
     embedded = []
     # Pictures are opened batch by batch: all of a split would not fit in memory.
@@ -343,6 +343,9 @@ def _split_mask(store: FeatureStore, split: str | None) -> NDArray[np.bool_]:
             f"{name or '(none)'} ({counted(count, 'image')})" for name, count in split_sizes.items()
         )
         hint = nearest(split, split_sizes)
-        raise DataError(f"{store.path} has no split {split!r}; found: {listed_splits}{hint}")
+        remedy = f"; make splits with: apecache split {store.path} --fraction train=.9,val=.1"
+        if any(split_sizes):
+            remedy = hint
+        raise DataError(f"{store.path} has no split {split!r}; found: {listed_splits}{remedy}")
     mask: NDArray[np.bool_] = splits == split
     return mask

@@ -22,6 +22,7 @@ from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import BadRowsError, DataError, ManifestError, RowError, counted, nearest
 from apecache.evaluate.embeddings import embed_rows, find_features, load_lengths
 from apecache.evaluate.left_out import LeftOut
+from apecache.extraction.report import accepting
 from apecache.extraction.run import ExtractionProgress, ExtractionState, ExtractSpec, extract
 from apecache.fingerprint import Modality, digest_strings
 from apecache.heads.head import mask_of
@@ -171,7 +172,7 @@ def _embedded(
         store=store,
         modality=spec.modality,
         rows=rows,
-        open_image=lambda key: load_image(key, source.media).image,
+        open_image=lambda key: load_image(key, source.media, source.pixels).image,
     )
     n_unreadable = array.rows - len(rows)
     is_image = spec.modality == "image"
@@ -215,9 +216,7 @@ def _by_tower(
     if len(bad) > max_bad * len(source):
         raise BadRowsError(
             f"{len(bad)} of {counted(len(source), 'image')} cannot be read (the first: "
-            f"{bad[0]}); mend them, "
-            "or accept with "
-            "--max-bad"
+            f"{bad[0]}); mend them, or accept this share with {accepting(len(bad), len(source))}"
         )
     if not good:
         raise DataError(
@@ -236,7 +235,7 @@ def _by_tower(
 def _read(key: str, source: PairSource) -> Image.Image | RowError:
     # The error is returned: raised in a thread it would end the whole batch.
     try:
-        return load_image(key, source.media).image
+        return load_image(key, source.media, source.pixels).image
     except RowError as error:
         return error
 

@@ -208,7 +208,7 @@ def _pixel_batches(
     ahead = reading_ahead(source.media, spec.workers, 2 * spec.batch + spec.workers)
     with preprocess_ahead(
         keys,
-        load=lambda key: load_image(key, source.media),
+        load=lambda key: load_image(key, source.media, source.pixels),
         preprocess=lambda loaded: [encoder.preprocess(loaded.image)],
         shapes=[encoder.input_shape],
         ahead=ahead,

@@ -1,162 +1,221 @@
-"""Export the text side of a run as a sentence-transformers folder.
+"""Export a run as a sentence-transformers folder: both sides, or the text side alone.
 
-Its modules are encoder, pooling, the head as one Dense layer, and normalization.
+All modules are the library's own: per side encoder, pooling and the head, then normalization. A
+router sends texts and images to their side.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from apecache.encoders.encoder import TextEncoder
+from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.from_transformers import text_prefix
 from apecache.encoders.library_types import LibraryModel
-from apecache.encoders.load import load_text_encoder
+from apecache.encoders.preprocess_transformers import resize_options
 from apecache.encoders.snapshot import resolve_folder
-from apecache.encoders.spec import EncoderSpec, spec_from_json
-from apecache.encoders.transformers_files import WEIGHT_FILES
+from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.weight_files import TRANSFORMERS_WEIGHTS
 from apecache.errors import MissingExtraError, RunError
-from apecache.heads.fold import fold_linear
-from apecache.heads.head import Head
-from apecache.heads.pooled import PooledHead
-from apecache.runs.heads import TrainedHeads
-from apecache.storage.replace import apply_umask
+from apecache.export.check import ExportedModel
+from apecache.export.head_chain import head_modules
+from apecache.export.library_folders import write_timm_folder
+from apecache.export.whole_model import WholeModel
 
-POOLINGS = ("default", "mean", "cls", "max", "last")
-LIBRARY_POOLINGS = {"mean": "mean", "cls": "cls", "max": "max", "last": "lasttoken"}
-"""Poolings that sentence-transformers has under the same names; `default` resolves to one of
-them."""
+TEXT_POOLINGS = {"mean": "mean", "cls": "cls", "max": "max", "last": "lasttoken"}
+"""Poolings that sentence-transformers has, and their names there."""
+PROMPT_NAME = "apecache"
+# Where nothing is said, the library asks whether it may run a repository's code.
+NO_CODE = {"trust_remote_code": False}
 
 
-def export_sentence_transformers(
-    heads: TrainedHeads,
-    out: Path,
-    text: EncoderSpec | None = None,
-) -> list[str]:
-    """Write a folder whose `SentenceTransformer(folder).encode` gives the run's text embeddings.
-
-    Heads of kind `linear` and `identity` can be one Dense layer, including the standardization;
-    others cannot. Encoders can be `st:`, and `hf:` with mean, CLS or max pooling of the model's
-    output.
+def write_sentence_transformers(model: WholeModel, out: Path, text_only: bool = False) -> None:
+    """Write a folder whose `SentenceTransformer(folder).encode` gives the run's embeddings.
 
     Args:
-        heads: the run.
+        model: the run.
         out: the folder.
-        text: the text encoder, if it has moved.
-
-    Returns:
-        The names of the files and folders in `out`.
+        text_only: leave the image side out.
 
     Raises:
-        RunError: another kind of head or encoder.
-        EncoderError: the encoder cannot be loaded.
-        MismatchError: it is not the one that the head was trained on.
+        RunError: a head or encoder that the library's own modules cannot express.
         MissingExtraError: sentence-transformers is not installed.
     """
     try:
         from sentence_transformers import SentenceTransformer
-        from sentence_transformers.sentence_transformer.modules import Normalize
+        from sentence_transformers.sentence_transformer.modules import Normalize, Router
     except ImportError:
         raise MissingExtraError("sentence_transformers", "sentence-transformers") from None
-    head = _require_affine(heads.text.head)
-    spec = text or spec_from_json(heads.text.encoder)
-    _require_cut(spec)
-    encoder = load_text_encoder(spec, "cpu")
-    heads.text.require_encoder(encoder.fingerprint, f"text encoder {encoder.spec}")
-    loaded: LibraryModel = encoder.module
-    modules = list(loaded) if spec.library == "st" else _transformer(encoder)
-    prompts = _prompts(spec, loaded)
-    model = SentenceTransformer(
-        modules=[*modules, _dense(head), Normalize()],
-        device="cpu",
-        **prompts,
-    )
-    if spec.library == "st":
-        model.max_seq_length = encoder.max_tokens
-    model.save(str(out), create_model_card=False)
-    # Some of its writers make files that only the owner can read.
-    apply_umask(out)
-    return sorted(path.name for path in out.iterdir())
-
-
-def _require_affine(head: Head) -> PooledHead:
-    """Return the head if it can be one Dense layer."""
-    if not isinstance(head, PooledHead) or head.spec.kind not in ("linear", "identity"):
-        raise RunError(
-            f"the text head is of kind {head.spec.kind}; a sentence-transformers folder can hold "
-            "linear and identity "
-            "heads: export others with --onnx or --safetensors"
+    text_encoder = model.text.encoder
+    text_head = head_modules(model.head("text"), "text")
+    text_side = [*_text_modules(text_encoder), *text_head]
+    if text_only:
+        modules = [*text_side, Normalize()]
+        _assemble(SentenceTransformer, modules, text_encoder).save(
+            str(out),
+            create_model_card=False,
         )
-    return head
-
-
-def _require_cut(spec: EncoderSpec) -> None:
-    """Refuse an encoder, layer or pooling that sentence-transformers cannot express."""
-    if spec.library == "st":
         return
-    if spec.library != "hf" or spec.layer is not None or spec.pooling not in POOLINGS:
-        raise RunError(
-            f"text encoder {spec} with pooling {spec.pooling}, layer {spec.layer}: a "
-            "sentence-transformers folder can "
-            "hold st: encoders, and hf: encoders with mean, cls, max or last pooling of their "
-            "output; "
-            "export with --onnx"
+    # Heads first: they are refused before an encoder is loaded a second time.
+    image_head = head_modules(model.head("image"), "image")
+    # The folder of a timm encoder is read while the modules are made.
+    with TemporaryDirectory() as staging:
+        image_side = [*_image_modules(model.image.encoder, Path(staging)), *image_head]
+        router: Any = Router({"text": text_side, "image": image_side}, default_route="text")
+        modules = [router, Normalize()]
+        _assemble(SentenceTransformer, modules, text_encoder).save(
+            str(out),
+            create_model_card=False,
         )
+        _write_timm_config(model.image.encoder, out)
 
 
-def _transformer(encoder: TextEncoder) -> list[nn.Module]:
-    """Return the encoder and its pooling as modules of sentence-transformers."""
+def _write_timm_config(encoder: ImageEncoder, out: Path) -> None:
+    """Put timm's own config beside the weights: transformers' copy lacks the class names."""
+    if encoder.spec.library != "timm":
+        return
+    for folder in out.glob("*/image_0_Transformer"):
+        write_timm_folder(encoder, folder, loader="transformers")
+
+
+def open_sentence_transformers(folder: Path, text_only: bool = False) -> ExportedModel:
+    """Open what `write_sentence_transformers` wrote, by the library alone."""
+    from sentence_transformers import SentenceTransformer
+
+    loaded: Any = SentenceTransformer(str(folder), device="cpu", trust_remote_code=False)
+
+    def encode(inputs: Sequence[Any]) -> Tensor:
+        encoded: Tensor = loaded.encode(
+            list(inputs),
+            convert_to_tensor=True,
+            show_progress_bar=False,
+        )
+        return encoded
+
+    def encode_image(images: Sequence[Image.Image]) -> Tensor:
+        return encode(images)
+
+    def encode_text(texts: Sequence[str]) -> Tensor:
+        return encode(texts)
+
+    return ExportedModel(
+        encode_image=None if text_only else encode_image,
+        encode_text=encode_text,
+    )
+
+
+def _assemble(library: Any, modules: list[nn.Module], encoder: TextEncoder) -> LibraryModel:
+    prefix = _prefix(encoder)
+    prompts: dict[str, Any] = {}
+    if prefix:
+        prompts = {"prompts": {PROMPT_NAME: prefix}, "default_prompt_name": PROMPT_NAME}
+    return library(modules=modules, device="cpu", **prompts)
+
+
+def _prefix(encoder: TextEncoder) -> str:
+    """Return what stands before every text; empty without it."""
+    spec = encoder.spec
+    if spec.prefix is not None:
+        return spec.prefix
+    if spec.library == "hf":
+        return text_prefix(spec)
+    module: LibraryModel = encoder.module
+    return getattr(module, "prompts", {}).get(getattr(module, "default_prompt_name", None)) or ""
+
+
+def _text_modules(encoder: TextEncoder) -> list[nn.Module]:
+    """Return the encoder and its pooling as modules of the library."""
+    spec = encoder.spec
+    if spec.library == "st":
+        module: LibraryModel = encoder.module
+        module.max_seq_length = encoder.max_tokens
+        return list(module)
+    if spec.library != "hf" or spec.layer is not None:
+        raise _unfit(spec, "hf: encoders with mean, cls, max, last or their own pooling, and st:")
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    # The pooling `default` is resolved by the encoder, and only its fingerprint has the result.
+    described = encoder.fingerprint.fields["inputs"]
+    is_projected = described["pooling"] == "default"
+    pooling = TEXT_POOLINGS.get(described["pooling"])
+    if not is_projected and pooling is None:
+        raise _unfit(spec, "hf: encoders with mean, cls, max, last or their own pooling, and st:")
+    transformer: Any = Transformer(
+        str(resolve_folder(spec, TRANSFORMERS_WEIGHTS)),
+        max_seq_length=encoder.max_tokens,
+        do_lower_case=bool(described.get("lower_case")),
+        model_kwargs={**NO_CODE, "torch_dtype": torch.float32},
+        processor_kwargs=dict(NO_CODE),
+        config_kwargs=dict(NO_CODE),
+        **(_own_output("text", "get_text_features", "pooler_output") if is_projected else {}),
+    )
+    return [transformer] if is_projected else [transformer, Pooling(encoder.dim, pooling)]
+
+
+def _image_modules(encoder: ImageEncoder, staging: Path) -> list[nn.Module]:
+    """Return the encoder and its pooling as modules of the library."""
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     spec = encoder.spec
-    # The pooling `default` is resolved by the encoder, and only its fingerprint has the result.
-    described = encoder.fingerprint.fields["inputs"]
-    pooling = LIBRARY_POOLINGS.get(described["pooling"])
-    if pooling is None:
-        raise RunError(
-            f"text encoder {spec}: a sentence-transformers folder cannot hold its own pooling; "
-            "export with --onnx"
-        )
-    # Where nothing is said, the library asks whether it may run a repository's code.
-    options = {"trust_remote_code": False}
-    inner: Any = Transformer(
-        str(resolve_folder(spec, WEIGHT_FILES)),
-        max_seq_length=encoder.max_tokens,
-        do_lower_case=bool(described.get("lower_case")),
-        model_kwargs=dict(options),
-        processor_kwargs=dict(options),
-        config_kwargs=dict(options),
+    if spec.library not in ("timm", "hf") or spec.layer is not None:
+        raise _unfit(spec, "timm: and hf: encoders with their own pooling, cls, or mean")
+    pooling = encoder.fingerprint.fields["inputs"]["pooling"]
+    if pooling in ("model", "default"):
+        method, output = _own_image_output(encoder)
+        options = _own_output("image", method, output)
+        poolings: list[nn.Module] = []
+    elif pooling in ("cls", "mean"):
+        options = {
+            "modality_config": {
+                "image": {"method": "forward", "method_output_name": "last_hidden_state"},
+            },
+            "module_output_name": "token_embeddings",
+        }
+        poolings = [Pooling(encoder.dim, pooling)]
+    else:
+        raise _unfit(spec, "timm: and hf: encoders with their own pooling, cls, or mean")
+    if spec.library == "timm":
+        write_timm_folder(encoder, staging, loader="transformers")
+        folder = staging
+    else:
+        folder = resolve_folder(spec, TRANSFORMERS_WEIGHTS)
+    transformer: Any = Transformer(
+        str(folder),
+        model_kwargs={**NO_CODE, "torch_dtype": torch.float32},
+        processor_kwargs=dict(NO_CODE),
+        config_kwargs=dict(NO_CODE),
+        **options,
     )
-    return [inner, Pooling(encoder.dim, pooling)]
+    # A run at another resolution has its own size of pixels, which the saved processor must have.
+    if spec.library == "hf":
+        processor = getattr(transformer.processor, "image_processor", transformer.processor)
+        for name, value in resize_options(processor, spec).items():
+            setattr(processor, name, value)
+    return [transformer, *poolings]
 
 
-def _prompts(spec: EncoderSpec, module: LibraryModel) -> dict[str, Any]:
-    """Return the prefix of every text as a default prompt; empty without one."""
-    prefix = text_prefix(spec) if spec.library == "hf" else spec.prefix
-    if prefix is None:
-        prefix = module.prompts.get(module.default_prompt_name) or ""
-    if not prefix:
-        return {}
-    return {"prompts": {"apecache": prefix}, "default_prompt_name": "apecache"}
+def _own_image_output(encoder: ImageEncoder) -> tuple[str, str]:
+    """Return the method of the model and the output that hold its own pooled features."""
+    config = getattr(encoder.module, "config", None)
+    is_projected = type(encoder.module).__name__.endswith("WithProjection")
+    if config is not None and is_projected:
+        return "get_image_features", "pooler_output"
+    return "forward", "pooler_output"
 
 
-@torch.no_grad()
-def _dense(head: PooledHead) -> nn.Module:
-    """Return W ((x - mean) / deviation) + b as one layer, computed in double precision."""
-    from sentence_transformers.sentence_transformer.modules import Dense
-
-    weight, bias = _affine(head)
-    dense: Any = Dense(head.in_dim, head.out_dim, activation_function=nn.Identity())
-    dense.linear.weight.copy_(weight)
-    dense.linear.bias.copy_(bias)
-    return dense  # type: ignore[no-any-return]
+def _own_output(modality: str, method: str, output: str) -> dict[str, Any]:
+    return {
+        "modality_config": {modality: {"method": method, "method_output_name": output}},
+        "module_output_name": "sentence_embedding",
+    }
 
 
-def _affine(head: PooledHead) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of a linear or identity head, with its standardization folded in."""
-    if isinstance(head.body, nn.Linear):
-        return fold_linear(head.body, head.mean, head.deviation)
-    identity = nn.Linear(head.in_dim, head.in_dim, bias=False)
-    identity.weight.copy_(torch.eye(head.in_dim))
-    return fold_linear(identity, head.mean, head.deviation)
+def _unfit(spec: EncoderSpec, fitting: str) -> RunError:
+    return RunError(
+        f"{spec.modality} encoder {spec} with pooling {spec.pooling}, layer {spec.layer}: a "
+        f"sentence-transformers folder can hold {fitting} encoders; export with --to onnx"
+    )

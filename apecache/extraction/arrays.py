@@ -4,7 +4,6 @@ Decide which arrays to fill and how they are laid out, and refuse what does not 
 """
 
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,8 +12,9 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from apecache.device import device_name, is_accelerator, synchronize
+from apecache.device import device_name, is_accelerator, timed_seconds
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, encode_texts
+from apecache.encoders.spec import EncoderSpec
 from apecache.errors import MismatchError, StoreError
 from apecache.extraction.compilation import _require_compiler, decide_compiled
 from apecache.extraction.encode import encode_or_halve
@@ -196,10 +196,19 @@ def _new_record(
         fingerprint=fingerprint,
         layout=layout,
         metadata={},
-        environment=environment(encoder.device),
+        environment=environment(encoder.device) | _precision(encoder.spec, spec),
         table=store.source["digest"],
     )
     return with_metadata(record)
+
+
+def _precision(encoder: EncoderSpec, spec: ExtractSpec) -> Json:
+    """Return what was measured of the encoder's precision, as a record keeps it; empty without."""
+    model = replace(encoder, pooling="default", layer=None)
+    for measured in spec.measured:
+        if measured.model == model:
+            return {"precision": measured.to_json()}
+    return {}
 
 
 def _find_array(
@@ -383,8 +392,7 @@ def _calibrated_rows(
     # Cuts of one model share their forward pass.
     models = {id(encoder.module): encoder for encoder in encoders}
 
-    def encode_batch() -> float:
-        begin = time.perf_counter()
+    def encode_batch() -> None:
         for encoder in models.values():
             if isinstance(encoder, ImageEncoder):
                 pixels = torch.zeros(batch, *encoder.input_shape)
@@ -392,12 +400,11 @@ def _calibrated_rows(
             else:
                 ids = encoder.tokenize(list(captions[:batch]) or ["a"]).ids
                 encode_or_halve(partial(encode_texts, [encoder]), ids, encoder.device)
-            synchronize(encoder.device)
-        return time.perf_counter() - begin
 
     # The first batch warms up: allocations and the choice of kernels are not to be counted.
     encode_batch()
-    rows = SHARD_SECONDS * batch / max(encode_batch(), 1e-6)
+    batch_seconds = timed_seconds(encode_batch, encoders[0].device)
+    rows = SHARD_SECONDS * batch / max(batch_seconds, 1e-6)
     power_of_two = 2 ** int(np.log2(rows))
     return int(min(MAX_SHARD_ROWS, max(MIN_SHARD_ROWS, power_of_two)))
 

@@ -1,12 +1,11 @@
 """Decide whether an image encoder is compiled: as asked for, or where it is measured to pay."""
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
-from apecache.device import synchronize
+from apecache.device import timed_seconds
 from apecache.encoders.encoder import ImageEncoder, TextEncoder, compile_images, encode_images
 from apecache.errors import EncoderError, OptionError, one_line
 from apecache.extraction.encode import encode_or_halve
@@ -86,10 +85,7 @@ def _seconds(
 ) -> float:
     """Time one batch in seconds, results included."""
     pixels = torch.zeros(batch, *encoder.input_shape)
+    run = partial(encode_or_halve, encode, pixels, encoder.device)
     # The first batch compiles and warms up; only the second one counts.
-    encode_or_halve(encode, pixels, encoder.device)
-    synchronize(encoder.device)
-    begin = time.perf_counter()
-    encode_or_halve(encode, pixels, encoder.device)
-    synchronize(encoder.device)
-    return time.perf_counter() - begin
+    run()
+    return timed_seconds(run, encoder.device)

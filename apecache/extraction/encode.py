@@ -20,9 +20,8 @@ from torch import Tensor
 from apecache.data.augment import Views
 from apecache.data.decoding import Preprocessed, preprocess_ahead, reading_ahead
 from apecache.data.images import LoadedImage, load_as, load_image
-from apecache.data.pairs import PairSource
 from apecache.data.tensors import decode_tensor
-from apecache.device import is_accelerator, release_cached_memory
+from apecache.device import HostCopy, is_accelerator, release_cached_memory
 from apecache.encoders.encoder import (
     ImageEncoder,
     TextEncoder,
@@ -30,12 +29,17 @@ from apecache.encoders.encoder import (
     encode_images,
     encode_texts,
 )
+from apecache.encoders.preprocess import Preprocess
+from apecache.encoders.whole_view import whole_view
 from apecache.errors import RowError
+from apecache.extraction.segments import BlockInputs, Inputs
 from apecache.fingerprint import content_hash
 from apecache.store.layout import ArrayLayout, ArrayRecord
 
 Advance = Callable[[int], None]
 """Called with the number of rows of every encoded batch."""
+_TextResults = tuple[list[int], list[HostCopy]]
+"""Rows of the shard, and their features by each encoder."""
 Encoder = TypeVar("Encoder", ImageEncoder, TextEncoder, covariant=True)
 
 
@@ -67,7 +71,7 @@ class EncodedShard:
 class ImageJob:
     """Encode the images of one source into arrays with the same shards, batches and resizing."""
 
-    source: PairSource
+    source: Inputs
     targets: tuple[ArrayTarget[ImageEncoder], ...]
     workers: int
     """Decoding processes; 0: threads."""
@@ -80,7 +84,7 @@ class ImageJob:
         return self.targets[0].record.layout
 
     def key(self, row: int) -> str:
-        return self.source.pairs[row].key
+        return self.source.keys[row]
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[EncodedShard]:
         """Encode shards one by one.
@@ -118,23 +122,45 @@ class ImageJob:
             preprocess=self.preprocess,
             shapes=shapes,
             ahead=ahead,
+            dtype=self.pixel_dtype,
         )
 
     def load(self, key: str) -> LoadedImage[Any]:
         """Load one image: as a tensor for encoders that resize tensors, else as Pillow's image."""
         # Views are drawn from Pillow's images.
         if self.targets[0].encoder.spec.resize == "torchvision" and not self.views:
-            return load_as(decode_tensor, key, self.source.media)
-        return load_image(key, self.source.media)
+            return load_as(decode_tensor, key, self.source.media, self.source.pixels)
+        return load_image(key, self.source.media, self.source.pixels)
 
     def preprocess(self, loaded: LoadedImage[Any]) -> list[Tensor]:
-        """Return for each model the pixels of one image, float32 [n_views, 3, height, width]."""
+        """Return for each model the pixels of one image, [n_views, 3, height, width]."""
         images = self.views.of(loaded.image, loaded.digest) if self.views else [loaded.image]
         pixels_by_model: list[Tensor] = []
-        for first, *_ in self.models:
-            pixels = [first.encoder.preprocess(image) for image in images]
+        for first, reference in zip(self.models, self.preprocesses, strict=True):
+            preprocess: Callable[[Any], Tensor] = reference
+            in_two_steps = first[0].encoder.pixel_preprocess
+            if self.pixel_dtype == torch.uint8 and in_two_steps is not None:
+                preprocess = in_two_steps.pixels
+            pixels = [preprocess(image) for image in images]
             pixels_by_model.append(torch.stack(pixels))
         return pixels_by_model
+
+    @cached_property
+    def preprocesses(self) -> list[Preprocess]:
+        """Return the preprocessing of each model. Of a view nothing is cropped."""
+        references = [first.encoder.preprocess for first, *_ in self.models]
+        return [whole_view(reference) for reference in references] if self.views else references
+
+    @cached_property
+    def pixel_dtype(self) -> torch.dtype:
+        """Return the type of pixels that are sent to the device: uint8 if all encoders normalize.
+
+        That is a quarter of the bytes. A CPU has nothing to send, and of views nothing is cropped.
+        """
+        encoders = [first.encoder for first, *_ in self.models]
+        in_two_steps = all(encoder.pixel_preprocess is not None for encoder in encoders)
+        sends_bytes = in_two_steps and is_accelerator(encoders[0].device) and self.views is None
+        return torch.uint8 if sends_bytes else torch.float32
 
     @property
     def n_views(self) -> int:
@@ -160,7 +186,19 @@ class ImageJob:
     def buffers(self) -> list["_PixelBuffers"]:
         """Return the batches of pixels of each model, for all shards: pinning memory is slow."""
         size = self.layout.batch_size
-        return [_PixelBuffers(targets, size, self.n_views) for targets in self.models]
+        return [
+            _PixelBuffers(targets, size=size, views=self.n_views, dtype=self.pixel_dtype)
+            for targets in self.models
+        ]
+
+    def _changed(self, row: int, digest: str) -> RowError | None:
+        """Return an error for a file that is not the one that the row was made for."""
+        if not isinstance(self.source, BlockInputs):
+            return None
+        expected = self.source.contents[row]
+        if expected in ("", digest):
+            return None
+        return RowError("changed", f"{self.key(row)} is not what it was; the table's view has it")
 
     def _encode(
         self,
@@ -184,12 +222,14 @@ class ImageJob:
             for slot in range(count):
                 row = next(decoded)
                 content[begin + slot] = row.digest
+                error = row.error or self._changed(rows[begin + slot], row.digest)
                 # A row that cannot be read has no pixels: its slot stays zero.
-                if row.value is not None:
+                if row.value is not None and error is None:
                     for batch, pixels in zip(batches, row.value, strict=True):
                         batch[slot] = pixels
-                if row.error is not None:
-                    bad[begin + slot] = row.error
+                if error is not None:
+                    bad[begin + slot] = error
+                    content[begin + slot] = ""
             started: list[_PendingBatch] = []
             for targets, encode, batch in zip(self.models, self.passes, batches, strict=True):
                 pending_batch = _PendingBatch(
@@ -215,13 +255,21 @@ class ImageJob:
 class _PixelBuffers:
     """Hold the batches of pixels of one model: one on the CPU, two for an accelerator."""
 
-    def __init__(self, targets: Sequence[ArrayTarget[ImageEncoder]], size: int, views: int) -> None:
+    def __init__(
+        self,
+        targets: Sequence[ArrayTarget[ImageEncoder]],
+        size: int,
+        views: int,
+        dtype: torch.dtype,
+    ) -> None:
         encoder = targets[0].encoder
         # Beside an accelerator one pinned batch is filled while the other is copied and encoded.
         pinned = is_accelerator(encoder.device)
         n_buffers = 2 if pinned else 1
         shape = (size, views, *encoder.input_shape)
-        self.buffers = [torch.zeros(shape, pin_memory=pinned) for _ in range(n_buffers)]
+        self.buffers = [
+            torch.zeros(shape, dtype=dtype, pin_memory=pinned) for _ in range(n_buffers)
+        ]
         self.turn = 0
 
     def next(self) -> Tensor:
@@ -245,9 +293,11 @@ class _PendingBatch:
         self.begin = begin
         self.count = count
         device = targets[0].encoder.device
-        self.results: list[list[Tensor]] = []
+        self.results: list[list[HostCopy]] = []
         for view in range(pixels.shape[1]):
-            self.results.append(encode_or_halve(encode, pixels[:, view], device))
+            encoded = encode_or_halve(encode, pixels[:, view], device)
+            # Copied now: a copy behind the next batch would wait for it.
+            self.results.append([HostCopy(features[:count]) for features in encoded])
 
     def store(self, features: dict[int, NDArray[np.float32]]) -> None:
         """Wait for the results and put them into each target's features, by the target's id."""
@@ -255,7 +305,7 @@ class _PendingBatch:
             # The last batch of a shard is filled up with zeros, which are not stored.
             shard_rows = features[id(target)][self.begin : self.begin + self.count]
             for view, results in enumerate(self.results):
-                rows = results[target_index][: self.count].cpu().numpy()
+                rows = results[target_index].read().numpy()
                 if target.record.layout.views:
                     shard_rows[:, view] = rows
                 else:
@@ -274,7 +324,7 @@ class TextJob:
     They hold different cuts (layers or poolings) of one model.
     """
 
-    source: PairSource
+    source: Inputs
     targets: tuple[ArrayTarget[TextEncoder], ...]
 
     @property
@@ -282,7 +332,9 @@ class TextJob:
         return self.targets[0].record.layout
 
     def key(self, row: int) -> str:
-        return self.source.pairs[self.source.image_rows[row]].key
+        image_row = self.source.image_rows[row]
+        # A block may have a caption without its image.
+        return self.source.keys[image_row] if image_row >= 0 else ""
 
     def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[EncodedShard]:
         """Encode shards one by one; see `ImageJob.shards`."""
@@ -312,6 +364,7 @@ class TextJob:
         lengths = np.zeros(len(texts), np.int64)
         lengths[good_rows] = [len(ids) for ids in tokens.ids]
         batch_size = self.layout.batch_size
+        running: _TextResults = ([], [])
         for begin in range(0, len(order), batch_size):
             batch = order[begin : begin + batch_size]
             rows = [good_rows[i] for i in batch]
@@ -320,11 +373,12 @@ class TextJob:
                 [tokens.ids[i] for i in batch],
                 encoders[0].device,
             )
-            for array, result in zip(features, encoded, strict=True):
-                # Tokens [n, longest, dim] are narrower than their array.
-                destination = (rows, slice(result.shape[1])) if array.ndim == 3 else rows
-                array[destination] = result.cpu().numpy()
+            started = (rows, [HostCopy(result) for result in encoded])
+            # Fetch the results of the batch before while the device computes this one.
+            _store_texts(running, features)
+            running = started
             advance(len(batch))
+        _store_texts(running, features)
         advance(len(bad))
         content = [content_hash(text) for text in texts]
         return EncodedShard(
@@ -336,8 +390,20 @@ class TextJob:
         )
 
 
+def _store_texts(running: _TextResults, features: Sequence[NDArray[np.float32]]) -> None:
+    """Wait for the results of a batch of texts, and put them into the arrays."""
+    rows, results = running
+    if not rows:
+        return
+    for array, copy in zip(features, results, strict=True):
+        result = copy.read()
+        # Tokens [n, longest, dim] are narrower than their array.
+        destination = (rows, slice(result.shape[1])) if array.ndim == 3 else rows
+        array[destination] = result.numpy()
+
+
 def image_jobs(
-    source: PairSource,
+    source: Inputs,
     targets: Sequence[ArrayTarget[ImageEncoder]],
     workers: int,
     views: Views | None,
@@ -357,7 +423,7 @@ def image_jobs(
     return jobs
 
 
-def text_jobs(source: PairSource, targets: Sequence[ArrayTarget[TextEncoder]]) -> list[TextJob]:
+def text_jobs(source: Inputs, targets: Sequence[ArrayTarget[TextEncoder]]) -> list[TextJob]:
     """Return one job for all cuts of one model."""
     groups = _alike(targets, lambda target: id(target.encoder.module))
     return [TextJob(source=source, targets=tuple(group)) for group in groups]

@@ -25,11 +25,13 @@ from apecache.extraction.encode import (
     image_jobs,
     text_jobs,
 )
+from apecache.extraction.precision import with_precision
 from apecache.extraction.run import ExtractSpec, count_rows, open_encoders, require_inputs
-from apecache.extraction.segments import split_source
+from apecache.extraction.segments import Inputs
+from apecache.extraction.table_plan import plan_table
 from apecache.fingerprint import Fingerprint, Modality
 from apecache.storage.open import open_files
-from apecache.store.layout import SOURCE, ArrayLayout, ArrayRecord
+from apecache.store.layout import PAIRS, ArrayLayout, ArrayRecord
 from apecache.store.reader import FeatureStore
 
 CALIBRATION_BATCHES = 2
@@ -89,7 +91,7 @@ class _PendingArray(Generic[Encoder]):
     """Hold an array of one segment, and the shards that are pending in it."""
 
     target: ArrayTarget[Encoder]
-    source: PairSource
+    source: Inputs
     pending: frozenset[int]
 
     @property
@@ -121,16 +123,17 @@ def plan_extraction(
     if price_per_hour is not None and not price_per_hour >= 0:
         raise OptionError(f"a price of {price_per_hour} an hour: expected 0 or more")
     require_inputs(source, spec)
+    files = open_files(store_path)
+    spec = with_precision(source, files, spec)
     encoders = open_encoders(spec)
     images = list[_PendingArray[ImageEncoder]]()
     texts = list[_PendingArray[TextEncoder]]()
     image_seconds = _Stopwatch()
     text_seconds = _Stopwatch()
-    files = open_files(store_path)
-    for segment in split_source(source, files, spec.append):
+    for segment in plan_table(source, files, spec).segments:
         segment_source = segment.part
         # A segment that does not exist yet has no store to open.
-        opened = FeatureStore.at(segment.files) if segment.files.exists(SOURCE) else None
+        opened = FeatureStore.block(segment.files) if segment.files.exists(PAIRS) else None
         new_images = list(
             _parts(opened, encoders=encoders.image, source=segment_source, spec=spec, before=images)
         )
@@ -166,7 +169,7 @@ def plan_extraction(
 def _parts(
     store: FeatureStore | None,
     encoders: Sequence[Encoder],
-    source: PairSource,
+    source: Inputs,
     spec: ExtractSpec,
     before: Sequence[_PendingArray[Encoder]],
 ) -> Iterator[_PendingArray[Encoder]]:

@@ -13,16 +13,15 @@ from numpy.typing import NDArray
 from apecache.encoders.encoder import TextEncoder
 from apecache.errors import MismatchError, RowError
 from apecache.extraction.encode import ArrayTarget, ImageJob, TextJob
+from apecache.extraction.spec import LEAST_TOLERANCE
 from apecache.fingerprint import content_hash
 from apecache.storage.files import Files
 from apecache.store.array import FeatureArray
-from apecache.store.layout import ArrayLayout, records_folder
+from apecache.store.layout import ArrayLayout, ArrayRecord, records_folder
 from apecache.store.quantize import quantize, restore
-from apecache.store.reader import FeatureStore
 from apecache.store.records import CommitRecord, is_commit, read_commit
 
 RECHECKED_ROWS = 16
-RECHECK_COSINE = 0.9999
 
 
 class _FirstCommit(FeatureArray):
@@ -50,8 +49,8 @@ def spot_check(files: Files, job: ImageJob | TextJob, place: int) -> None:
         place: index of the job's target.
 
     Raises:
-        MismatchError: a committed row now has cosine below 0.9999 with itself, or its image cannot
-            be read any more.
+        MismatchError: a committed row now has a cosine with itself below what its precision
+            allows, or its image cannot be read any more.
     """
     record = job.targets[place].record
     array = _FirstCommit(files=files, record=record)
@@ -59,7 +58,11 @@ def spot_check(files: Files, job: ImageJob | TextJob, place: int) -> None:
         return
     (shard,) = array.commits
     first_row = record.layout.shard(shard).start
-    rows = [row for row in array.rows_ok(shard) if row < first_row + RECHECKED_ROWS]
+    rows = array.rows_ok(shard)[:RECHECKED_ROWS]
+    if isinstance(job, ImageJob):
+        # An image that has been removed or replaced since says nothing about the encoder.
+        content = array.commits[shard].content
+        rows = [row for row in rows if _digest(job, row) == content[row - first_row]]
     if not rows:
         return
     rows_in_shard = [row - first_row for row in rows]
@@ -73,13 +76,23 @@ def spot_check(files: Files, job: ImageJob | TextJob, place: int) -> None:
     # A row of zeros has cosine 0 and not NaN, which would pass the comparison below.
     cosines = dot_products / np.maximum(norms, 1e-12)
     worst_cosine = float(cosines.min())
-    if worst_cosine < RECHECK_COSINE:
+    least_cosine = 1 - tolerance_of(record)
+    if worst_cosine < least_cosine:
         raise MismatchError(
             f"{record.modality} features that are committed come out otherwise now (cosine "
-            f"{worst_cosine:.5f}): a "
+            f"{worst_cosine:.5f}, expected at least {least_cosine:.5f}): a "
             "library, the device or an input changed; use the versions in apecache info --json, "
             "or a new --store"
         )
+
+
+def tolerance_of(record: ArrayRecord) -> float:
+    """Return the 1 - cosine up to which rows of an array count as equal, on any device.
+
+    It was measured where the precision is not float32.
+    """
+    measured = record.environment.get("precision", {})
+    return float(measured.get("tolerance", LEAST_TOLERANCE))
 
 
 def _as_stored(fresh: NDArray[np.float32], layout: ArrayLayout) -> NDArray[np.float32]:
@@ -103,14 +116,9 @@ def _encode_rows(job: ImageJob | TextJob, place: int, rows: list[int]) -> NDArra
         views=job.views,
     )
     row_pixels: list[torch.Tensor] = []
-    try:
-        for row in rows:
-            (pixels,) = target_job.preprocess(target_job.load(job.key(row)))
-            row_pixels.append(pixels)
-    except RowError as error:
-        raise MismatchError(
-            f"an image that is committed cannot be read any more: {error.detail}"
-        ) from None
+    for row in rows:
+        (pixels,) = target_job.preprocess(target_job.load(job.key(row)))
+        row_pixels.append(pixels)
     batch = torch.stack(row_pixels)
     encoder = job.targets[place].encoder
     view_features = [encoder.encode(batch[:, view]) for view in range(batch.shape[1])]
@@ -131,34 +139,8 @@ def _encode_texts(target: ArrayTarget[TextEncoder], texts: list[str]) -> NDArray
     return features
 
 
-def require_same_content(store: FeatureStore, job: ImageJob | TextJob) -> None:
-    """Read every committed row's input again.
-
-    Raises:
-        MismatchError: some have other bytes than when they were encoded.
-    """
-    for target in job.targets:
-        array = FeatureArray(files=store.files, record=target.record)
-        recorded_digests = array.content()
-        changed_rows: list[int] = []
-        for row, digest in enumerate(recorded_digests):
-            # Rows that were unreadable or are not encoded yet have no digest.
-            if digest and _content(job, row) != digest:
-                changed_rows.append(row)
-        if changed_rows:
-            keys = ", ".join(job.key(row) for row in changed_rows[:3])
-            n_rows = len(recorded_digests)
-            raise MismatchError(
-                f"{len(changed_rows)} of {n_rows} {target.record.modality} rows are not what "
-                f"was encoded ({keys}); "
-                "bring the old files back, or make a new --store"
-            )
-
-
-def _content(job: ImageJob | TextJob, row: int) -> str:
-    """Hash a row's input as it is now; an empty string if it cannot be read."""
-    if isinstance(job, TextJob):
-        return content_hash(job.source.captions[row])
+def _digest(job: ImageJob, row: int) -> str:
+    """Hash an image as it is now; an empty string if it cannot be read."""
     try:
         return content_hash(job.source.media.read(job.key(row)))
     except RowError:

@@ -2,10 +2,10 @@
 
 A damaged shard is un-committed durably (seal first, then its record), so that an interrupted repair
 leaves an incomplete store, never a wrong one. Then the pending shards are encoded as always. Zarr's
-metadata is written again from the records, the pair table from the user's table.
+metadata is written again from the records, tables and views from the user's table and from one
+another.
 """
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,7 +16,8 @@ from typing import Any
 from apecache.data.augment import views_from_json
 from apecache.data.pairs import PairSource
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import DamagedError, MismatchError
+from apecache.errors import DamagedError, MismatchError, StoreError
+from apecache.extraction.lost_tables import LostTables, below, mend_view_records, mend_views
 from apecache.extraction.run import (
     ExtractionProgress,
     ExtractSpec,
@@ -24,31 +25,29 @@ from apecache.extraction.run import (
     extract_pending,
     open_encoders,
 )
-from apecache.extraction.segments import Segment, pair_columns, split_source
+from apecache.extraction.segments import Segment
 from apecache.fingerprint import Modality, describe_difference
 from apecache.storage.files import Files
 from apecache.storage.open import open_files
 from apecache.store.layout import (
-    SEGMENT_RECORDS,
-    SEGMENTS,
     SOURCE,
+    STAMPS,
+    VIEW_RECORDS,
+    VIEWS,
     ArrayRecord,
     records_folder,
-    segment_record_name,
 )
 from apecache.store.maintenance import (
     require_store,
     restore_fingerprint,
-    restore_segment_records,
-    restore_source,
     rewrite_metadata,
     uncommit,
     unmake_table,
 )
+from apecache.store.problem import Problem
 from apecache.store.reader import FeatureStore
 from apecache.store.records import read_record
 from apecache.store.verify import (
-    Problem,
     VerifyReport,
     array_names,
     begun_segments,
@@ -86,27 +85,35 @@ def repair(
     as well.
 
     Args:
-        source: what the store was made from, opened with the same options.
+        source: the table of a view, opened with the same options: where the images are, and what is
+            needed to make a lost table again.
         spec: device, workers, and encoders that have moved (`image`, `text`); everything else is
             taken from the store.
 
     Raises:
         StoreError: no store; or both an array's fingerprint and its copy are lost, so that the
             array cannot be identified.
-        MismatchError: the table or an encoder is not that of the store; nothing was un-committed.
+        MismatchError: an encoder is not that of the store, or a table is lost that cannot be made
+            again from `source`; nothing was un-committed.
     """
     spec = spec or ExtractSpec()
     files = open_files(store, spec.single_writer)
     require_store(files)
     files.prepare()
+    tables = LostTables(files=files, source=source)
     shards: dict[str, tuple[int, ...]] = {}
-    objects = [*_mend_fingerprints(files), *_mend_sources(source, files)]
-    # The last segment first: the store opens only when all of its segments do.
-    for segment in reversed(split_source(source, files)):
-        encoded_shards, rewritten = _repair_segment(segment, spec, progress)
+    objects = [
+        *mend_view_records(files),
+        *_mend_fingerprints(files),
+        *tables.mend_sources(),
+    ]
+    # The last block first: the store opens only when all of its blocks do.
+    for folder in reversed(tables.folders()):
+        encoded_shards, rewritten = _repair_segment(tables, folder, spec, progress)
         for array, damaged in encoded_shards.items():
-            shards[_below(segment.folder, array)] = damaged
-        objects += [_below(segment.folder, name) for name in rewritten]
+            shards[below(folder, array)] = damaged
+        objects += [below(folder, name) for name in rewritten]
+    objects += mend_views(tables)
     return RepairReport(
         store=files.place,
         shards=shards,
@@ -129,104 +136,62 @@ def _mend_fingerprints(store: Files) -> list[str]:
                 read_record(files, fingerprint_name)
             except DamagedError:
                 restore_fingerprint(files, modality, name)
-                mended.append(_below(folder, fingerprint_name))
+                mended.append(below(folder, fingerprint_name))
     return mended
 
 
-def _below(folder: str, name: str) -> str:
-    """Return an object's name within the store; `folder` is that of its segment."""
-    return f"{folder}/{name}" if folder else name
-
-
-def _mend_sources(source: PairSource, store: Files) -> list[str]:
-    """Restore lost claims of segments to the table, and return their names.
-
-    The table cannot be divided into segments without them.
-    """
-    first_image = 0
-    mended = list[str]()
-    recorded = {f"{SEGMENTS}/{name.removesuffix('.json')}" for name in store.list(SEGMENT_RECORDS)}
-    folders = sorted({*begun_segments(store), *recorded})
-    for folder in ("", *folders):
-        files = store.child(folder)
-        try:
-            n_images = read_record(files, SOURCE)["n_images"]
-        except DamagedError:
-            # Nothing else tells how long the last segment is: it gets all remaining images.
-            n_images = _n_images(store, folder, len(source) - first_image)
-            segment_source = source.part(first_image, first_image + n_images)
-            restore_source(files, pair_columns(segment_source), segment_source.media.place)
-            mended.append(_below(folder, SOURCE))
-        first_image += n_images
-    segment_names = [folder.rpartition("/")[2] for folder in folders]
-    return mended + restore_segment_records(store, segment_names)
-
-
-def _n_images(store: Files, folder: str, otherwise: int) -> int:
-    """Count the images of a segment that has lost its own record of them.
-
-    Args:
-        folder: of the segment.
-        otherwise: what to return if nothing in the store tells the count.
-    """
-    with contextlib.suppress(DamagedError):
-        record_name = segment_record_name(folder.rpartition("/")[2])
-        n_images: int = read_record(store, record_name)["n_images"]
-        return n_images
-    files = store.child(folder)
-    # Every array of image features has one row for each image.
-    for name in files.list("records/image"):
-        fingerprint = read_record(files, f"{records_folder('image', name)}/fingerprint.json")
-        n_rows: int = fingerprint["layout"]["rows"]
-        return n_rows
-    return otherwise
-
-
 def _repair_segment(
-    segment: Segment,
+    tables: LostTables,
+    folder: str,
     spec: ExtractSpec,
     progress: ExtractionProgress,
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Repair one segment.
+    """Repair one block.
 
     Returns:
         For each array the shards that were encoded again, and the names of other objects that were
         written again.
     """
-    files = segment.files
+    files = tables.files.child(folder)
     harmful: list[Problem] = []
     for problem in verify_segment(files).problems:
         # Pending shards are no damage, but are encoded as well.
-        if problem.harmful or problem.kind in ("unsealed", "uncommitted"):
+        is_of_view = problem.object.startswith((f"{VIEWS}/", f"{VIEW_RECORDS}/", STAMPS))
+        if not is_of_view and (problem.harmful or problem.kind in ("unsealed", "uncommitted")):
             harmful.append(problem)
-    objects = _mend_table(files, harmful, segment.part) + _mend_metadata(files, harmful)
+    objects = _mend_table(tables, folder, harmful) + _mend_metadata(files, harmful)
     shards = _damaged_shards(harmful)
     # All encoders are loaded and compared before the first shard is un-committed.
     ready: list[tuple[ExtractSpec, OpenEncoders]] = []
     for modality, name in shards:
-        record = FeatureStore.at(files).array(modality, name).record
+        record = FeatureStore.block(files).array(modality, name).record
         ready.append(_ready(record, spec))
     encoded_shards: dict[str, tuple[int, ...]] = {}
-    for (modality, name), damaged in shards.items():
-        uncommit(files, modality=modality, name=name, shards=damaged)
-        encoded_shards[f"{modality}/{name}"] = tuple(damaged)
-    for array_spec, encoders in ready:
-        extract_pending(segment, encoders=encoders, spec=array_spec, progress=progress)
+    if shards:
+        # Before records are removed: they say what each image must be.
+        segment = Segment(store=tables.files, folder=folder, part=tables.inputs(folder))
+        for (modality, name), damaged in shards.items():
+            uncommit(files, modality=modality, name=name, shards=damaged)
+            encoded_shards[f"{modality}/{name}"] = tuple(damaged)
+        for array_spec, encoders in ready:
+            extract_pending(segment, encoders=encoders, spec=array_spec, progress=progress)
     return encoded_shards, objects
 
 
-def _mend_table(files: Files, problems: list[Problem], source: PairSource) -> list[str]:
-    """Make the pair table, its records, the README and Zarr's root metadata again.
+def _mend_table(tables: LostTables, folder: str, problems: list[Problem]) -> list[str]:
+    """Make the table of a block, its records, the README and Zarr's root metadata again.
 
-    They come from the user's table. Returns the names of the damaged objects.
+    Returns the names of the damaged objects.
     """
+    files = tables.files.child(folder)
     names = [problem.object for problem in problems if problem.array is None]
     if names:
+        columns = tables.columns(folder, read_record(files, SOURCE)["digest"])
         unmake_table(files)
         create_store(
             files,
-            pairs=pair_columns(source),
-            root=source.media.place,
+            pairs=columns,
+            root=tables.source.media.place,
             version=version("apecache"),
         )
     return names
@@ -241,7 +206,7 @@ def _mend_metadata(files: Files, problems: list[Problem]) -> list[str]:
         if problem.array and is_metadata:
             damaged_names.append(problem.object)
             damaged_arrays.add(problem.array)
-    opened = FeatureStore.at(files)
+    opened = FeatureStore.block(files)
     for modality, name in damaged_arrays:
         rewrite_metadata(opened.files, opened.array(modality, name).record)
     return damaged_names
@@ -265,6 +230,11 @@ def _ready(record: ArrayRecord, spec: ExtractSpec) -> tuple[ExtractSpec, OpenEnc
     Raises:
         MismatchError: it is not the encoder that the array was made by.
     """
+    if "import" in record.fingerprint.fields:
+        raise StoreError(
+            f"{record.modality}/{record.name} was imported, so no encoder makes it again; write "
+            "its damaged shards from the source: the same apecache import with --recheck"
+        )
     moved: EncoderSpec | None = getattr(spec, record.modality)
     encoder_spec = record.spec if moved is None else record.spec.with_name(str(moved))
     storage_dtype: Any = record.layout.dtype

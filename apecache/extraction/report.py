@@ -1,5 +1,6 @@
 """Report what an extraction did, and judge whether the store is good enough."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -9,9 +10,9 @@ from pathlib import Path
 from apecache.errors import BadRowsError, DataError
 from apecache.extraction.encode import EncodedShard
 from apecache.extraction.shard_range import WHOLE, ShardRange
-from apecache.extraction.spec import ExtractSpec
+from apecache.extraction.spec import ExtractSpec, MeasuredPrecision
+from apecache.extraction.table_plan import TablePlan
 from apecache.fingerprint import Modality
-from apecache.storage.files import Files
 from apecache.store.layout import ArrayLayout
 from apecache.store.reader import FeatureStore
 
@@ -66,7 +67,7 @@ class ExtractReport:
     store: str | Path
     arrays: tuple[ArrayReport, ...]
     duplicates: int = 0
-    """Images whose files have the same bytes as an earlier one's; each is encoded all the same."""
+    """Images whose files have the same bytes as an earlier one's."""
     seconds: float = 0.0
     """Of the whole run, without loading the encoders."""
     part: ShardRange = WHOLE
@@ -74,6 +75,8 @@ class ExtractReport:
     """Share of the rows of all arrays that are in the store."""
     complete: bool = True
     """Nothing is left for other parts to encode."""
+    measured: tuple[MeasuredPrecision, ...] = ()
+    """Errors of the precisions of new arrays."""
 
     @property
     def nothing_to_do(self) -> bool:
@@ -129,39 +132,43 @@ def count_shard(tally: ArrayCounts, encoded: EncodedShard) -> None:
 
 
 def judge(
-    files: Files,
+    plan: TablePlan,
     totals: Mapping[Modality, ModalityCounts],
     spec: ExtractSpec,
     begin: float,
 ) -> ExtractReport:
-    """Report the run, and refuse a complete store that is not good enough.
+    """Report the run, commit the view of a complete store, and refuse it if it is not good enough.
 
     Args:
+        plan: What the run was to do.
         begin: `time.perf_counter()` at the start of the run.
 
     Raises:
         BadRowsError, DataError: as `extract` does.
     """
-    opened = FeatureStore.at(files)
+    opened = plan.store()
     reports: list[ArrayReport] = []
     for total in totals.values():
         reports += [_report(opened, total, name) for name in total.tallies]
     arrays = [opened.array(report.modality, report.name) for report in reports]
     complete = all(array.complete for array in arrays)
     n_rows = sum(array.rows for array in arrays)
-    share_done = sum(array.share_done * array.rows for array in arrays) / n_rows
+    share_done = sum(array.share_done * array.rows for array in arrays) / max(1, n_rows)
+    if complete:
+        plan.finish()
     # The part that ends last judges the whole store; the others know only their own rows.
     duplicates = _duplicates(opened, reports) if complete else 0
     if complete:
         _require_few_bad(reports, spec.max_bad)
     return ExtractReport(
-        store=files.place,
+        store=plan.files.place,
         arrays=tuple(reports),
         duplicates=duplicates,
         seconds=time.perf_counter() - begin,
         part=spec.part,
         share_done=share_done,
         complete=complete,
+        measured=spec.measured,
     )
 
 
@@ -197,8 +204,13 @@ def _require_few_bad(reports: Iterable[ArrayReport], max_bad: float) -> None:
                 f"{report.n_quarantined} of {report.rows} {report.modality} rows could not be "
                 f"encoded ({reasons}; the "
                 f"first: {report.examples[0]}); all others are in the store: mend the inputs, or "
-                "accept with --max-bad"
+                f"accept this share with {accepting(report.n_quarantined, report.rows)}"
             )
+
+
+def accepting(n_bad: int, n_rows: int) -> str:
+    """Return the option that accepts a number of unreadable rows: a share, rounded up."""
+    return f"--max-bad {math.ceil(100 * n_bad / n_rows) / 100:g}"
 
 
 def _duplicates(store: FeatureStore, reports: Iterable[ArrayReport]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apecache.arguments import AnyPath, as_place, require_spec, require_type
-from apecache.data.media import FolderMedia, NoMedia, ObjectMedia
+from apecache.data.media import FolderMedia, NoMedia, ObjectMedia, base_media
 from apecache.data.pairs import PairSource
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoders, load_text_encoders
@@ -26,7 +26,8 @@ from apecache.extraction.encode import (
     image_jobs,
     text_jobs,
 )
-from apecache.extraction.recheck import require_same_content, spot_check
+from apecache.extraction.precision import with_precision
+from apecache.extraction.recheck import spot_check
 from apecache.extraction.report import (
     ArrayCounts,
     ArrayReport,
@@ -34,12 +35,15 @@ from apecache.extraction.report import (
     ExtractionState,
     ExtractReport,
     ModalityCounts,
+    accepting,
     count_shard,
     judge,
 )
-from apecache.extraction.segments import Segment, make_segment, split_source
+from apecache.extraction.reuse import ReusableStore, add_reusable_block
+from apecache.extraction.segments import Inputs, Segment
 from apecache.extraction.shard_range import ShardRange
 from apecache.extraction.spec import ExtractSpec
+from apecache.extraction.table_plan import plan_table
 from apecache.fingerprint import Modality
 from apecache.storage.files import Files
 from apecache.storage.open import open_files
@@ -69,10 +73,12 @@ def extract(
     spec: ExtractSpec,
     progress: ExtractionProgress = lambda *_: None,
 ) -> ExtractReport:
-    """Encode every image and caption of `source` once into `store`.
+    """Encode what `store` lacks of the images and captions of `source`.
 
-    Committed shards are not encoded again. With `spec.part` only the shards of that part are
-    encoded. The part that ends last seals the store and judges it as one run would.
+    A content that the store has is not encoded again, whatever table it came with. The table
+    becomes the newest view of the store. Committed shards are not encoded again. With `spec.part`
+    only the shards of that part are encoded. The part that ends last seals the store and judges it
+    as one run would.
 
     Args:
         store: a folder, or a location on object storage (`s3://BUCKET/…`, `gs://BUCKET/…`,
@@ -87,14 +93,26 @@ def extract(
     """
     store_path = as_place(store, "store")
     require_inputs(source, spec)
+    files = open_files(store_path, spec.single_writer)
+    spec = with_precision(source, files, spec)
     encoders = open_encoders(spec)
     begin = time.perf_counter()
-    files = open_files(store_path, spec.single_writer)
-    segments = split_source(source, files, spec.append)
-    totals = new_totals(source, encoders)
-    for segment in segments:
-        _extract_segment(segment, encoders=encoders, spec=spec, totals=totals, progress=progress)
-    return judge(files, totals=totals, spec=spec, begin=begin)
+    reusable = ReusableStore.open(spec.reuse)
+    if reusable is not None:
+        add_reusable_block(source, files, reusable)
+    plan = plan_table(source, files, spec)
+    plan.begin()
+    totals = new_totals([segment.part for segment in plan.segments], encoders)
+    for segment in plan.segments:
+        _extract_segment(
+            segment,
+            encoders=encoders,
+            spec=spec,
+            totals=totals,
+            progress=progress,
+            reusable=reusable,
+        )
+    return judge(plan, totals=totals, spec=spec, begin=begin)
 
 
 def extract_pending(
@@ -114,7 +132,7 @@ def extract_pending(
         segment,
         encoders=encoders,
         spec=spec,
-        totals=new_totals(segment.part, encoders),
+        totals=new_totals([segment.part], encoders),
         progress=progress,
     )
 
@@ -142,15 +160,13 @@ def _extract_segment(
     spec: ExtractSpec,
     totals: "dict[Modality, ModalityCounts]",
     progress: ExtractionProgress,
+    reusable: ReusableStore | None = None,
 ) -> None:
     """Prepare all arrays of one segment, then encode what is pending in them."""
-    make_segment(segment)
-    opened = FeatureStore.at(segment.files)
+    opened = FeatureStore.block(segment.files)
     # A list, not an iterator: every mismatch is found before the first row is encoded.
     jobs = prepare_jobs(opened, part=segment.part, encoders=encoders, spec=spec, totals=totals)
     for job in jobs:
-        if spec.recheck:
-            require_same_content(opened, job)
         modality = job.targets[0].record.modality
         _run(
             opened.files,
@@ -158,12 +174,13 @@ def _extract_segment(
             part=spec.part,
             total=totals[modality],
             progress=progress,
+            reusable=reusable,
         )
 
 
 def prepare_jobs(
     opened: FeatureStore,
-    part: PairSource,
+    part: Inputs,
     encoders: OpenEncoders,
     spec: ExtractSpec,
     totals: "dict[Modality, ModalityCounts]",
@@ -194,20 +211,22 @@ def require_inputs(source: PairSource, spec: ExtractSpec) -> None:
             f"{source.origin} has no images to encode; leave --image out, or give a source that has"
         )
     if spec.images:
-        _require_findable(source, spec.part)
+        _require_findable(source, spec)
 
 
-def _require_findable(source: PairSource, part: ShardRange) -> None:
+def _require_findable(source: PairSource, spec: ExtractSpec) -> None:
     """Refuse a wrong --root; single missing images are quarantined later."""
+    media = base_media(source.media)
+    part = spec.part
     # Parts run side by side, so each looks for its share of the rows only.
     keys = source.keys[part.number - 1 :: part.count]
-    if isinstance(source.media, ObjectMedia):
+    if isinstance(media, ObjectMedia):
         # Looking for an object costs a request, so a sample has to do.
         stride = -(-len(keys) // MOST_LOOKED_FOR) or 1
         keys = keys[::stride]
     missing = [key for key in keys if not source.media.exists(key)]
-    if len(missing) > UNFINDABLE_SHARE * len(keys):
-        if isinstance(source.media, FolderMedia | ObjectMedia):
+    if len(missing) > max(UNFINDABLE_SHARE, spec.max_bad) * len(keys):
+        if isinstance(media, FolderMedia | ObjectMedia):
             preposition = "below"
             remedy = "give the folder that the paths are relative to as --root"
         else:
@@ -216,27 +235,33 @@ def _require_findable(source: PairSource, part: ShardRange) -> None:
         raise BadRowsError(
             f"{source.origin}: {len(missing)} of {counted(len(keys), 'image')} are not "
             f"{preposition} "
-            f"{source.media.place} (the first: {missing[0]}); {remedy}"
+            f"{source.media.place} (the first: {missing[0]}); {remedy}, or accept this share with "
+            f"{accepting(len(missing), len(keys))}"
         )
 
 
 # --- the loop -------------------------------------------------------------------------------------
 
 
-def new_totals(source: PairSource, encoders: OpenEncoders) -> dict[Modality, ModalityCounts]:
-    """Return empty totals for each modality that has encoders."""
+def new_totals(
+    parts: Sequence[Inputs],
+    encoders: OpenEncoders,
+) -> dict[Modality, ModalityCounts]:
+    """Return empty totals of some blocks for each modality that has encoders."""
     totals: dict[Modality, ModalityCounts] = {}
     if encoders.image:
-        totals["image"] = ModalityCounts(modality="image", rows=len(source))
+        n_images = sum(len(part) for part in parts)
+        totals["image"] = ModalityCounts(modality="image", rows=n_images)
     if encoders.text:
-        totals["text"] = ModalityCounts(modality="text", rows=len(source.captions))
+        n_texts = sum(len(part.captions) for part in parts)
+        totals["text"] = ModalityCounts(modality="text", rows=n_texts)
     return totals
 
 
 def _image_jobs(
     store: FeatureStore,
     encoders: tuple[ImageEncoder, ...],
-    part: PairSource,
+    part: Inputs,
     spec: ExtractSpec,
     totals: dict[Modality, ModalityCounts],
 ) -> Iterator[ImageJob]:
@@ -267,7 +292,7 @@ def _image_jobs(
 def _text_jobs(
     store: FeatureStore,
     encoders: tuple[TextEncoder, ...],
-    part: PairSource,
+    part: Inputs,
     spec: ExtractSpec,
     totals: dict[Modality, ModalityCounts],
 ) -> Iterator[TextJob]:
@@ -319,12 +344,19 @@ def _run(
     part: ShardRange,
     total: ModalityCounts,
     progress: ExtractionProgress,
+    reusable: ReusableStore | None = None,
 ) -> None:
-    """Encode and commit every pending shard of the part in one segment, then seal its arrays if
-    they are complete."""
+    """Encode and commit every pending shard of the part in one segment.
+
+    Arrays that are complete then are sealed.
+    """
     writers = [ArrayWriter(files, target.record) for target in job.targets]
-    committed = [writer.committed().keys() for writer in writers]
     part_shards = [shard for shard in range(job.layout.n_shards) if shard in part]
+    if reusable is not None:
+        for writer in writers:
+            missing = [shard for shard in writer.pending() if shard in part]
+            reusable.copy_shards(writer, job, missing)
+    committed = [writer.committed().keys() for writer in writers]
     # A shard is encoded for all arrays of the job if any of them lacks it.
     pending: list[int] = []
     for shard in part_shards:

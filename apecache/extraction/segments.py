@@ -1,152 +1,108 @@
-"""Divide a source among the segments of a store.
-
-What the store holds already must be what it was made from.
-"""
+"""Make the blocks of a store, which hold the contents of its tables."""
 
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Protocol
 
+from apecache.data.media import Media
 from apecache.data.pairs import PairSource
-from apecache.errors import DataError, MismatchError, counted
-from apecache.fingerprint import shorten
+from apecache.data.pixels import PixelRules
+from apecache.data.recorded import options_to_record
 from apecache.storage.files import Files
-from apecache.store.layout import SEGMENTS, SOURCE, storable
-from apecache.store.reader import FeatureStore
-from apecache.store.records import read_record
+from apecache.store.layout import SEGMENTS
 from apecache.store.writer import PairColumns, add_segment, create_store
 
 
-def pair_columns(source: PairSource) -> PairColumns:
-    """Return the table of a source as the store keeps it, column by column."""
-    splits = [pair.split for pair in source]
-    labels = [pair.label for pair in source]
+class Inputs(Protocol):
+    """Give the inputs of one block: images by key, captions, and which image a caption has."""
+
+    @property
+    def keys(self) -> list[str]: ...
+
+    @property
+    def captions(self) -> list[str]: ...
+
+    @property
+    def image_rows(self) -> list[int]:
+        """Return the row of each caption's image; -1 where the block does not have it."""
+
+    @property
+    def media(self) -> Media: ...
+
+    @property
+    def pixels(self) -> PixelRules: ...
+
+    @property
+    def origin(self) -> str: ...
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockInputs:
+    """Hold the inputs of a block, each where it is now."""
+
+    columns: PairColumns
+    """The block's own table, as it is stored."""
+    keys: list[str]
+    """Where each image is now: its key in the table that is extracted, else that in `columns`."""
+    contents: list[str]
+    """BLAKE3 that each image must have; empty where it is not known."""
+    media: Media
+    pixels: PixelRules
+
+    @property
+    def captions(self) -> list[str]:
+        return self.columns.captions
+
+    @property
+    def image_rows(self) -> list[int]:
+        return self.columns.image_rows
+
+    @property
+    def origin(self) -> str:
+        return self.columns.origin
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def pair_columns(part: PairSource | BlockInputs) -> PairColumns:
+    """Return the table of a block as the store keeps it, column by column."""
+    if isinstance(part, BlockInputs):
+        return part.columns
+    splits = [pair.split for pair in part]
+    labels = [pair.label for pair in part]
     return PairColumns(
-        keys=source.keys,
+        keys=part.keys,
         splits=splits,
         labels=labels,
-        captions=source.captions,
-        languages=source.languages,
-        image_rows=source.image_rows,
-        digest=source.digest,
-        origin=source.origin,
+        captions=part.captions,
+        languages=part.languages,
+        image_rows=part.image_rows,
+        digest=part.digest,
+        origin=part.origin,
+        options=options_to_record(part),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Pair a segment of a store with its part of the table."""
+    """Pair a block of a store with its inputs."""
 
     store: Files
     folder: str
-    """Empty for the first segment, which is the store itself."""
-    part: PairSource
+    """Empty for the first block, which is the store itself."""
+    part: PairSource | BlockInputs
 
     @property
     def files(self) -> Files:
         return self.store.child(self.folder)
 
 
-def split_source(source: PairSource, store: Files, append: bool = False) -> list[Segment]:
-    """Divide the table among all segments of the store.
-
-    Args:
-        append: add a segment for rows that are new at the end of the table.
-
-    Raises:
-        MismatchError: the table is not that of the store, or has grown without `append`.
-    """
-    segments = list[Segment]()
-    position = 0
-    for folder in _claimed_folders(store):
-        record = read_record(store.child(folder), SOURCE)
-        segment = Segment(
-            store=store,
-            folder=folder,
-            part=source.part(position, position + record["n_images"]),
-        )
-        if segment.part.digest != record["digest"]:
-            raise MismatchError(_other_table(segment.files, segment.part, position))
-        segments.append(segment)
-        position += record["n_images"]
-    new_rows = source.part(position)
-    if not segments:
-        return [Segment(store=store, folder="", part=source)]
-    if len(new_rows) and not append:
-        growth = (
-            f"{source.origin} has {counted(len(new_rows), 'image')} more than "
-            f"{store.place} was made from"
-        )
-        raise MismatchError(f"{growth}; add --append to encode them too")
-    if len(new_rows):
-        folder = f"{SEGMENTS}/{len(segments):04d}"
-        segments.append(Segment(store=store, folder=folder, part=new_rows))
-    return segments
-
-
-def _claimed_folders(store: Files) -> list[str]:
-    """List the folders of segments that belong to a table.
-
-    A segment whose making was interrupted belongs to its table too.
-    """
-    if not store.exists(SOURCE):
-        return []
-    folders = [""]
-    for name in store.list(SEGMENTS):
-        folder = f"{SEGMENTS}/{name}"
-        if store.exists(f"{folder}/{SOURCE}"):
-            folders.append(folder)
-    return folders
-
-
-def _other_table(files: Files, table: PairSource, first_row: int) -> str:
-    """Say where a table differs from the one that a segment was made from.
-
-    Args:
-        table: the rows that the segment should have.
-        first_row: their first row in the whole table.
-    """
-    other = f"{files.place} was made from another table"
-    remedy = (
-        "a store belongs to one table (--append takes it with new rows at its end): choose "
-        "another --store"
-    )
-    # The table of a segment whose making was interrupted may not be readable.
-    try:
-        pairs = FeatureStore.at(files).pairs
-    except DataError:
-        return f"{other} than {table.origin}; {remedy}"
-    captions: list[list[str]] = [[] for _ in pairs.keys]
-    languages: list[list[str]] = [[] for _ in pairs.keys]
-    for text, image in enumerate(pairs.image_rows):
-        captions[image].append(str(pairs.captions[text]))
-        languages[image].append(str(pairs.languages[text]))
-    store_rows = zip(pairs.keys, pairs.splits, pairs.labels, captions, languages, strict=True)
-    # Not strict: the shorter table may agree with the longer one as far as it goes.
-    for row, (pair, store_row) in enumerate(zip(table, store_rows, strict=False)):
-        key, split, label, store_captions, store_languages = store_row
-        compared: list[tuple[str, str, str]] = [
-            ("image", pair.key, key),
-            ("split", pair.split, split),
-            ("label", pair.label, label),
-            ("number of captions", str(len(pair.captions)), str(len(store_captions))),
-        ]
-        # The store has U+FFFD for lone surrogates, so captions are compared in that form.
-        table_captions = map(storable, pair.captions)
-        for table_text, store_text in zip(table_captions, store_captions, strict=False):
-            compared.append(("caption", table_text, store_text))
-        for table_language, store_language in zip(pair.languages, store_languages, strict=False):
-            compared.append(("language", table_language, store_language))
-        for field_name, table_value, store_value in compared:
-            if table_value != store_value:
-                return (
-                    f"{other}: row {first_row + row} has {field_name} {shorten(table_value)!r}, "
-                    f"not {shorten(store_value)!r}; {remedy}"
-                )
-    return f"{other}: {counted(len(pairs.keys), 'image')} there, {len(table)} here; {remedy}"
-
-
 def make_segment(segment: Segment) -> None:
-    """Make the store, or a later segment of it; what exists already stays.
+    """Make the store, or a later block of it; what exists already stays.
 
     Raises as `create_store` does.
     """
@@ -154,7 +110,7 @@ def make_segment(segment: Segment) -> None:
     root = segment.part.media.place
     made_by = version("apecache")
     if segment.folder:
-        name = segment.folder.rpartition("/")[2]
+        name = segment.folder.removeprefix(f"{SEGMENTS}/")
         add_segment(segment.store, segment=name, pairs=columns, root=root, version=made_by)
     else:
         create_store(segment.store, pairs=columns, root=root, version=made_by)

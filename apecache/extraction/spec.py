@@ -4,14 +4,17 @@ from dataclasses import dataclass
 from os import cpu_count
 from typing import Literal
 
-from apecache.arguments import require_type
+from apecache.arguments import AnyPath, require_type
 from apecache.data.augment import Views
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
-from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.spec import EncoderSpec, Precision
 from apecache.extraction.shard_range import WHOLE, ShardRange
+from apecache.fingerprint import Json
 
 FEW_CORES = 2
 MAX_WORKERS = 16
+LEAST_TOLERANCE = 1e-4
+"""1 - cosine up to which equal rows may differ by libraries, batches and devices."""
 
 
 def default_workers(cores: int | None = None) -> int:
@@ -24,6 +27,33 @@ def default_workers(cores: int | None = None) -> int:
     # On few cores processes take time from the model's own threads, and decoding in threads is
     # faster (benchmarks/speed/extract compares both).
     return 0 if cores <= FEW_CORES else min(MAX_WORKERS, cores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredPrecision:
+    """Hold the error of a model in one precision against float32, on real rows."""
+
+    model: EncoderSpec
+    """In that precision, whichever its cuts."""
+    error: float
+    """Largest 1 - cosine of a row."""
+    n_rows: int
+    seconds: float
+    """Of encoding these rows."""
+
+    @property
+    def tolerance(self) -> float:
+        """Return the 1 - cosine up to which rows of this precision count as equal."""
+        # Two roundings of one row are each as far as the error from float32.
+        return max(LEAST_TOLERANCE, 2 * self.error)
+
+    def to_json(self) -> Json:
+        return {
+            "name": self.model.dtype,
+            "error": self.error,
+            "rows": self.n_rows,
+            "tolerance": self.tolerance,
+        }
 
 
 @dataclass(frozen=True)
@@ -51,10 +81,12 @@ class ExtractSpec:
     device: str = "auto"
     add: bool = False
     """Put features of another encoder beside those that the store has."""
-    append: bool = False
-    """The table has grown at its end: put the new rows into a new segment."""
     recheck: bool = False
-    """Read every input again and compare it with what was encoded."""
+    """Hash every image, also where size and time of its file have not changed."""
+    retry: bool = False
+    """Try rows again that could not be encoded, also where their inputs have not changed."""
+    reuse: AnyPath | None = None
+    """Another store, whose features are taken where content and fingerprint are equal."""
     single_writer: bool = False
     """Nobody else writes to the store, so object storage without put-if-absent can be used."""
     views: Views | None = None
@@ -63,6 +95,13 @@ class ExtractSpec:
     """Run image encoders by TorchInductor, unless the cut is after a block. None: for 4,096 images
     and ten minutes of encoding or more, if a measured compiled batch takes less than 0.9 of the
     time."""
+    precision: Precision | None = None
+    """Precision of all encoders. None: for arrays that the store has, theirs; for new ones that of
+    each `EncoderSpec` unless it is float32; on a CPU float32; else the fastest one whose features
+    of 256 rows have 1 - cosine to float32 of at most 1e-4. Ray's actors do not measure: they use
+    float32."""
+    measured: tuple[MeasuredPrecision, ...] = ()
+    """Errors of the precisions of new arrays; `extract` fills it in."""
     part: ShardRange = WHOLE
     """The shards to encode; other jobs may encode the rest at the same time."""
 

@@ -1,5 +1,7 @@
 """Build heads from their descriptions."""
 
+from torch import nn
+
 from apecache.heads.head import EnsembleHead, Head, HeadSpec
 from apecache.heads.join import joined_dim
 from apecache.heads.pooled import PooledHead
@@ -48,9 +50,23 @@ def build_head(spec: HeadSpec, in_dim: int, out_dim: int) -> Head:
     Raises:
         ValueError: a width does not suit the kind of the head.
     """
+    head: Head
     if spec.cut == "tokens":
-        return TokenHead(spec, in_dim, out_dim)
-    return PooledHead(spec, in_dim, out_dim)
+        head = TokenHead(spec, in_dim, out_dim)
+    else:
+        head = PooledHead(spec, in_dim, out_dim)
+    if spec.initialization == "xavier":
+        _draw_xavier(head)
+    return head
+
+
+def _draw_xavier(head: Head) -> None:
+    """Draw all linear layers anew, uniform in +-sqrt(6 / (in + out)), with biases 0."""
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def _build_ensemble(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from apecache.heads.head import EnsembleHead, Head
-from apecache.heads.pooled import PooledHead
+from apecache.heads.pooled import Canonical, PooledHead
 
 
 @torch.no_grad()
@@ -52,18 +52,27 @@ def fold_linear(layer: nn.Linear, mean: Tensor, deviation: Tensor) -> tuple[Tens
 
 def _fold(head: Head) -> None:
     """Fold the standardization of a linear or MLP head, in place."""
-    if not isinstance(head, PooledHead) or head.spec.kind not in ("linear", "mlp"):
+    if not isinstance(head, PooledHead) or head.spec.kind not in ("linear", "mlp", "canonical"):
         raise ValueError(f"a head of kind {head.spec.kind} cannot take up its standardization")
     if head.join is not None:
         raise ValueError(f"a head with join {head.spec.join} cannot take up its standardization")
-    layers = [head.body] if isinstance(head.body, nn.Linear) else [head.body[0], head.body[-1]]  # type: ignore[index]
+    layers = _ends(head.body)
     weight, bias = fold_linear(layers[0], head.mean, head.deviation)
     _set(layers[0], weight, bias)
     if head.direct is not None:
         weight, offset = fold_linear(head.direct, head.mean, head.deviation)
         head.direct.weight.copy_(weight)
         # The direct map has no bias, so its constant goes to the bias of the last layer.
-        layers[-1].bias += offset
+        layers[-1].bias.add_(offset)
+
+
+def _ends(body: nn.Module) -> list[nn.Linear]:
+    """Return the first and the last linear layer of a body; one that is both once."""
+    if isinstance(body, nn.Linear):
+        return [body]
+    if isinstance(body, Canonical):
+        return [body.linear]
+    return [body[0], body[-1]]  # type: ignore[index]
 
 
 def _set(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:

@@ -20,14 +20,17 @@ Kind = Literal[
     "mlp",
     "gated",
     "fusemix",
+    "canonical",
     "dictionary",
+    "custom",
     "transformer",
     "attention",
     "anchors",
     "projector",
+    "freeze-align",
     "ensemble",
 ]
-TOKEN_KINDS = frozenset({"transformer", "attention", "anchors", "projector"})
+TOKEN_KINDS = frozenset({"transformer", "attention", "anchors", "projector", "freeze-align"})
 """Kinds that need token features; all others take pooled features."""
 
 
@@ -41,16 +44,22 @@ class HeadSpec(Settings):
     norm and a last Linear. `gated`: W3(relu6(W1 x) * W2 x) of x = LayerNorm, `expansion` times as
     wide as the features, dropout before W3 (SAIL). `fusemix`: `depth` blocks x +
     Linear(dropout(gelu(Linear(norm(x))))) at the features' own width, `expansion` times as wide
-    inside, norm and a last Linear. `dictionary`: similarities to the `dim` entries of a dictionary,
-    the `top` largest kept, to the power `power` (ASIF); nothing trains.
+    inside, norm and a last Linear. `canonical`: a Linear, normalized, then weighted by the
+    canonical correlations (CSA; only `init` cca makes it). `dictionary`: similarities to the `dim`
+    entries of a dictionary, the `top` largest kept, to the power `power` (ASIF); nothing trains.
+    `custom`: the head of one's own that is registered under the name in `custom` (see
+    `apecache.register_head`).
 
     On tokens:
     `transformer`: `depth` pre-norm blocks of `n_heads` (0: one per 64 features), norm, pooling, a
     last Linear (LilT's deep adapter). `attention`: one learned query per head looks at all tokens,
     then a last Linear. `anchors`: `dim` learned anchors attend to the tokens; the vector of their
     scores is the embedding. `projector`: norm, then Linear plus a two-layer MLP on every token,
-    pooled; with `refine`, then x + dropout(MLP(x)) and a norm (freeze-align). `pooling`: the mean
-    of the tokens, the first one (`cls`), or the first plus the mean of the others (`cls-and-mean`).
+    pooled; with `refine`, then x + dropout(MLP(x)) and a norm. `freeze-align`: norm and dropout,
+    then Linear plus a two-layer MLP on every token, pooled, where `cls-and-mean` has projectors of
+    its own for the first token; with `refine`, then a Linear, x + dropout(Linear(gelu(x))), and a
+    norm. `pooling`: the mean of the tokens, the first one (`cls`), or the first plus the mean of
+    the others (`cls-and-mean`).
 
     `dim` None: the other side's width. `standardize`: subtract the training mean and divide by the
     training deviation of each feature first (kept in the head). `skip`: add a direct linear map
@@ -78,6 +87,9 @@ class HeadSpec(Settings):
     activation: Literal["relu", "gelu"] = "gelu"
     standardize: bool = True
     skip: bool = False
+    initialization: Literal["torch", "xavier"] = "torch"
+    """Of linear layers. `torch`: its default. `xavier`: uniform, scaled by both widths (Glorot and
+    Bengio 2010); biases 0."""
     n_heads: int = Field(default=0, ge=0)
     pooling: Literal["mean", "cls", "cls-and-mean"] = "mean"
     refine: bool = False
@@ -86,11 +98,17 @@ class HeadSpec(Settings):
     parts: tuple["HeadSpec", ...] = Field(default=(), max_length=64)
     join: Literal["concat", "gate", "mix"] = "concat"
     widths: tuple[int, ...] = ()
+    custom: str = ""
+    """Name of a registered head, for kind `custom`."""
 
     @model_validator(mode="after")
     def _whole(self) -> "HeadSpec":
         if (self.kind == "ensemble") != bool(self.parts):
             raise ValueError("kind ensemble and parts go together: give both or none")
+        if (self.kind == "custom") != bool(self.custom):
+            raise ValueError(
+                "kind custom and custom (the head's name) go together: give both or none"
+            )
         is_nested = any(spec.parts for spec in self.parts)
         if is_nested or len({spec.cut for spec in self.parts}) > 1:
             raise ValueError("parts are single heads, all on pooled features or all on tokens")

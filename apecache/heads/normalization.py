@@ -30,8 +30,10 @@ def similarities(x: Tensor, y: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off on the device of `x`; no context where it is off, so that exported graphs
-    hold none."""
+    """Switch autocast off on the device of `x`.
+
+    Where it is off, no context is entered, so that exported graphs hold none.
+    """
     device_type = x.device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return nullcontext()

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from apecache.heads.head import Head, HeadSpec, in_sequence
 from apecache.heads.join import build_join, joined_dim
 from apecache.heads.normalization import normalize, similarities
+from apecache.heads.registered import registered_head
 
+N_COMPLEMENTS = 2
+"""Values that a canonical head adds to those of its directions."""
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
@@ -77,6 +80,37 @@ class GatedUnit(nn.Module):
         gated = self.dropout(gate * self.value(x))
         y: Tensor = self.last(gated)
         return y
+
+
+class Canonical(nn.Module):
+    """Weight normalized canonical variables (CSA, Li et al. 2024).
+
+    The product of an image and a text embedding is the sum over k of rho_k u_k v_k, where u and v
+    are the L2-normalized projections and rho the canonical correlations. Such embeddings are
+    shorter than 1. Each side has one more value that makes them unit vectors, where the other side
+    has 0, so that their cosine is that product.
+    """
+
+    weights: Tensor
+    """[rank], square roots of the correlations, at most 1."""
+    complement: Tensor
+    """[2], which of the last two values completes this side: (1, 0) images, (0, 1) texts."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        rank = out_dim - N_COMPLEMENTS
+        if rank < 1:
+            raise ValueError(
+                f"a canonical head is at least {N_COMPLEMENTS + 1} wide, not {out_dim}"
+            )
+        self.linear = nn.Linear(in_dim, rank)
+        self.register_buffer("weights", torch.ones(rank))
+        self.register_buffer("complement", torch.zeros(N_COMPLEMENTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weighted = normalize(self.linear(x)) * self.weights
+        rest = (1 - weighted.square().sum(-1, keepdim=True)).clamp_min(0).sqrt()
+        return torch.cat([weighted, rest * self.complement], dim=-1)
 
 
 class Dictionary(nn.Module):
@@ -147,7 +181,7 @@ class PooledHead(Head):
         body_dim = joined_dim(spec, in_dim)
         self.body = self._build_body(body_dim)
         # The other kinds are linear already, or nothing in them trains.
-        skips = spec.skip and spec.kind in ("mlp", "gated", "fusemix")
+        skips = spec.skip and spec.kind in ("mlp", "gated", "fusemix", "custom")
         self.direct = nn.Linear(body_dim, out_dim, bias=False) if skips else None
         # After the body: seeded runs without it depend on the order of the random draws.
         self.join = build_join(spec)
@@ -170,6 +204,10 @@ class PooledHead(Head):
                 )
             case "fusemix":
                 return _fusemix(spec, in_dim, self.out_dim)
+            case "canonical":
+                return Canonical(in_dim, self.out_dim)
+            case "custom":
+                return registered_head(spec.custom)(in_dim, self.out_dim)
             case "dictionary":
                 return Dictionary(spec, in_dim, self.out_dim)
         raise ValueError(f"a head of kind {spec.kind} needs tokens, not pooled features")

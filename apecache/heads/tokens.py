@@ -180,6 +180,62 @@ class Projector(nn.Module):
         return y
 
 
+class PatchProjector(nn.Module):
+    """Apply norm, dropout, then Linear(x) + Linear(gelu(Linear(x))) to vectors [..., in_dim]."""
+
+    def __init__(self, in_dim: int, out_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(in_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(in_dim, out_dim)
+        self.mlp = nn.Sequential(nn.Linear(in_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(self.norm(x))
+        projected: Tensor = self.linear(x) + self.mlp(x)
+        return projected
+
+
+class FreezeAlign(nn.Module):
+    """Project every token, pool, and with `refine` apply a residual layer.
+
+    Source: freeze-align, Maniparambil et al. 2024, and its published code. Images pool
+    `cls-and-mean`, with a projector of its own for the first token. Texts refine the mean:
+    p = Linear(mean), then norm(p + dropout(Linear(gelu(p)))).
+    """
+
+    def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.pooling = spec.pooling
+        self.tokens = PatchProjector(in_dim, out_dim, spec.dropout)
+        has_cls = spec.pooling == "cls-and-mean"
+        self.cls = PatchProjector(in_dim, out_dim, spec.dropout) if has_cls else None
+        self.refine = None
+        if spec.refine:
+            self.refine = nn.ModuleDict(
+                {
+                    "first": nn.Linear(out_dim, out_dim),
+                    "second": nn.Linear(out_dim, out_dim),
+                    "dropout": nn.Dropout(spec.dropout),
+                    "norm": nn.LayerNorm(out_dim),
+                }
+            )
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        pooled: Tensor
+        if self.cls is not None:
+            later_mask = None if mask is None else mask[:, 1:]
+            pooled = self.cls(x[:, 0]) + masked_mean(self.tokens(x[:, 1:]), later_mask)
+        else:
+            pooled = pool(self.tokens(x), mask, self.pooling)
+        if self.refine is None:
+            return pooled
+        first = self.refine["first"](pooled)
+        second = self.refine["second"](F.gelu(first))
+        y: Tensor = self.refine["norm"](first + self.refine["dropout"](second))
+        return y
+
+
 class TokenHead(Head):
     """Map float [n, tokens, in_dim] and bool [n, tokens] to float32 [n, out_dim], L2-normalized."""
 
@@ -198,6 +254,8 @@ class TokenHead(Head):
                 return Anchors(self.spec, self.in_dim, self.out_dim)
             case "projector":
                 return Projector(self.spec, self.in_dim, self.out_dim)
+            case "freeze-align":
+                return FreezeAlign(self.spec, self.in_dim, self.out_dim)
         raise ValueError(f"a head of kind {self.spec.kind} needs pooled features, not tokens")
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -7,7 +7,9 @@ other's negatives.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -159,12 +161,19 @@ def sigmoid_loss(
     return softplus(torch.where(same, -logits, logits)).sum() / len(text)
 
 
+TemperatureParameter = Literal["log_scale", "temperature"]
+"""What an optimizer changes: log(1 / T), or T itself."""
+
+
 class Temperature(nn.Module):
     """Hold the temperature T that divides the logits, learnable or fixed, in [low, high].
 
-    It is stored as log(1 / T). LilT: T = 0.07 in [0.001, 0.5]. CLIP: 1/T from 1/0.07 up to 100.
-    SigLIP: 1/T = 10, and a learned `bias` of -10 that is added to the logits. Without a bias the
-    module has no such parameter.
+    The parameter is `log_scale`, log(1 / T) (CLIP, SigLIP), or `temperature`, T itself (LilT,
+    FuseMix). The choice matters to an optimizer whose steps have the size of its learning rate: at
+    1e-4 a step changes log(1 / T) by 1e-4, and T = 0.07 by 1e-4 / 0.07 of itself.
+
+    LilT: T = 0.07 in [0.001, 0.5]. CLIP: 1/T from 1/0.07 up to 100. SigLIP: 1/T = 10, and a learned
+    `bias` of -10 that is added to the logits. Without a bias the module has no such parameter.
     """
 
     def __init__(
@@ -174,22 +183,61 @@ class Temperature(nn.Module):
         high: float = 0.5,
         learnable: bool = True,
         bias: float | None = None,
+        parameter: TemperatureParameter = "log_scale",
     ) -> None:
         super().__init__()
-        # The logarithm is trained, so that the scale stays positive.
-        self.log_scale = nn.Parameter(torch.tensor(-math.log(initial)), requires_grad=learnable)
+        self.parameter_name: TemperatureParameter = parameter
+        is_log = parameter == "log_scale"
+        value = -math.log(initial) if is_log else initial
+        self.register_parameter(
+            parameter,
+            nn.Parameter(torch.tensor(value), requires_grad=learnable),
+        )
         self.bias = (
             None if bias is None else nn.Parameter(torch.tensor(bias), requires_grad=learnable)
         )
         # The highest temperature is the lowest scale.
-        self.bounds = (-math.log(high), -math.log(low))
+        self.bounds = (-math.log(high), -math.log(low)) if is_log else (low, high)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Return the parameter that holds the temperature, see `TemperatureParameter`."""
+        return self.get_parameter(self.parameter_name)
 
     def scale(self) -> Tensor:
         """Return the factor of the cosines, 1 / T."""
-        return self.log_scale.exp()
+        return self.parameter.exp() if self.parameter_name == "log_scale" else 1 / self.parameter
+
+    def scale_slope(self) -> Tensor:
+        """Return the derivative of `scale` by the parameter."""
+        scale = self.scale()
+        return scale if self.parameter_name == "log_scale" else -scale.square()
+
+    @torch.no_grad()
+    def set_scale(self, scale: float) -> None:
+        """Set 1 / T, clamped to the bounds."""
+        self.parameter.fill_(math.log(scale) if self.parameter_name == "log_scale" else 1 / scale)
+        self.clamp()
+
+    def bias_value(self) -> float | None:
+        """Return what is added to the logits; None without a bias."""
+        return None if self.bias is None else float(self.bias.detach())
 
     @torch.no_grad()
     def clamp(self) -> None:
         """Clamp the temperature to its bounds; call this after every optimizer step."""
         low, high = self.bounds
-        self.log_scale.clamp_(low, high)
+        self.parameter.clamp_(low, high)
+
+
+def temperature_in(tensors: Mapping[str, Tensor]) -> float:
+    """Return the temperature that the state of a model holds, in either form."""
+    if LOG_SCALE in tensors:
+        return 1 / float(tensors[LOG_SCALE].detach().exp())
+    return float(tensors[TEMPERATURE].detach())
+
+
+LOG_SCALE = "temperature.log_scale"
+"""Name of the temperature in the state of a model, if the parameter is log(1 / T)."""
+TEMPERATURE = "temperature.temperature"
+"""The same if the parameter is T itself."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apecache.heads.normalization import similarities
-from apecache.metrics.protocols import RecallIntervals, retrieval_intervals
+from apecache.metrics.protocols import RetrievalMeasurement, measure_retrieval
 from apecache.metrics.relevance import Relevance
 from apecache.metrics.retrieval import KS, TILE, RetrievalReport, retrieval_report
 
@@ -38,16 +38,16 @@ def csls_report(
     )
 
 
-def csls_intervals(
+def measure_csls(
     image: Tensor,
     text: Tensor,
     image_of_text: Tensor,
     ks: Sequence[int] = KS,
     relevance: Relevance | None = None,
-) -> RecallIntervals:
-    """Compute `retrieval_intervals` by CSLS; the neighborhoods stay fixed over the intervals."""
+) -> RetrievalMeasurement:
+    """Compute `measure_retrieval` by CSLS; the neighborhoods stay fixed over the intervals."""
     image_vectors, text_vectors = csls_vectors(image, text)
-    return retrieval_intervals(
+    return measure_retrieval(
         image_vectors,
         text=text_vectors,
         image_of_text=image_of_text,

@@ -14,9 +14,9 @@ from apecache.metrics.relevance import Relevance
 from apecache.metrics.retrieval import (
     KS,
     RetrievalReport,
-    image_to_text_ranks,
+    ranks_of,
+    report_of_ranks,
     retrieval_report,
-    text_to_image_ranks,
 )
 from apecache.metrics.statistics import WAYS, Ends, RetrievalHits, Term, estimate_recall
 
@@ -39,6 +39,51 @@ class RecallIntervals:
     median_rank_text_to_image: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetrievalMeasurement:
+    """Hold all that one ranking of a split says."""
+
+    report: RetrievalReport
+    intervals: RecallIntervals
+    hits: RetrievalHits
+
+
+def measure_retrieval(
+    image: Tensor,
+    text: Tensor,
+    image_of_text: Tensor,
+    ks: Sequence[int] = KS,
+    relevance: Relevance | None = None,
+) -> RetrievalMeasurement:
+    """Rank a split once, and return its recalls, their intervals and the hits of each image.
+
+    The arguments are those of `retrieval_report`.
+    """
+    to_text, to_image = ranks_of(
+        image,
+        text=text,
+        image_of_text=image_of_text,
+        relevance=relevance,
+    )
+    report = report_of_ranks(
+        to_text,
+        to_image=to_image,
+        image_of_text=image_of_text,
+        ks=ks,
+        relevance=relevance,
+    )
+    image_ranks = to_text.cpu().numpy()
+    text_ranks = to_image.cpu().numpy()
+    hits = _hits_of_ranks(
+        image_ranks,
+        to_image=text_ranks,
+        owner=image_of_text.cpu().numpy(),
+        ks=ks,
+    )
+    intervals = _intervals_of_hits(hits, to_text=image_ranks, to_image=text_ranks, ks=ks)
+    return RetrievalMeasurement(report=report, intervals=intervals, hits=hits)
+
+
 def retrieval_hits(
     image: Tensor,
     text: Tensor,
@@ -50,13 +95,14 @@ def retrieval_hits(
 
     The arguments are those of `retrieval_report`.
     """
-    to_text, to_image = _ranks(
+    measured = measure_retrieval(
         image,
         text=text,
         image_of_text=image_of_text,
+        ks=ks,
         relevance=relevance,
     )
-    return _hits_of_ranks(to_text, to_image=to_image, owner=image_of_text.cpu().numpy(), ks=ks)
+    return measured.hits
 
 
 def retrieval_intervals(
@@ -71,14 +117,22 @@ def retrieval_intervals(
     Captions of one image are not independent, so the images are the sample. The method is that of
     `apecache.metrics.statistics`. The arguments are those of `retrieval_report`.
     """
-    to_text, to_image = _ranks(
+    measured = measure_retrieval(
         image,
         text=text,
         image_of_text=image_of_text,
+        ks=ks,
         relevance=relevance,
     )
-    hits = _hits_of_ranks(to_text, to_image=to_image, owner=image_of_text.cpu().numpy(), ks=ks)
+    return measured.intervals
 
+
+def _intervals_of_hits(
+    hits: RetrievalHits,
+    to_text: NDArray[np.int64],
+    to_image: NDArray[np.int64],
+    ks: Sequence[int],
+) -> RecallIntervals:
     def ends(*terms: Term) -> Ends:
         estimate = estimate_recall([hits], terms)
         return estimate.low, estimate.high
@@ -91,28 +145,6 @@ def retrieval_intervals(
         median_rank_image_to_text=1 + float(np.median(to_text)),
         median_rank_text_to_image=1 + float(np.median(to_image)),
     )
-
-
-def _ranks(
-    image: Tensor,
-    text: Tensor,
-    image_of_text: Tensor,
-    relevance: Relevance | None,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the ranks of images [n_images] and of texts [n_texts] as queries; 0 is best."""
-    to_text = image_to_text_ranks(
-        image,
-        text=text,
-        image_of_text=image_of_text,
-        relevance=relevance,
-    )
-    to_image = text_to_image_ranks(
-        image,
-        text=text,
-        image_of_text=image_of_text,
-        relevance=relevance,
-    )
-    return to_text.cpu().numpy(), to_image.cpu().numpy()
 
 
 def _hits_of_ranks(
@@ -177,21 +209,21 @@ def folded_report(
     return _mean(reports)
 
 
-def language_reports(
+def measure_languages(
     image: Tensor,
     text: Tensor,
     image_of_text: Tensor,
     languages: Sequence[str],
     ks: Sequence[int] = KS,
     relevance: Relevance | None = None,
-) -> Mapping[str, RetrievalReport]:
-    """Report each language by itself.
+) -> Mapping[str, RetrievalMeasurement]:
+    """Measure each language by itself.
 
     Queries and candidates are its captions, and the images that have one.
 
     Args:
         image: as `retrieval_report` takes it; so are `text`, `image_of_text` and `ks`.
-        languages: of each caption. The reports are sorted by name.
+        languages: of each caption. The results are sorted by name.
         relevance: as `retrieval_report` takes it; captions of other languages make no answer right.
     """
     subsets = _by_language(
@@ -201,27 +233,8 @@ def language_reports(
         languages=languages,
         relevance=relevance,
     )
-    return {language: retrieval_report(*vectors, ks, right) for language, vectors, right in subsets}
-
-
-def language_intervals(
-    image: Tensor,
-    text: Tensor,
-    image_of_text: Tensor,
-    languages: Sequence[str],
-    ks: Sequence[int] = KS,
-    relevance: Relevance | None = None,
-) -> Mapping[str, RecallIntervals]:
-    """Compute the intervals of `language_reports`, of the same arguments."""
-    subsets = _by_language(
-        image,
-        text=text,
-        image_of_text=image_of_text,
-        languages=languages,
-        relevance=relevance,
-    )
     return {
-        language: retrieval_intervals(*vectors, ks, right) for language, vectors, right in subsets
+        language: measure_retrieval(*vectors, ks, right) for language, vectors, right in subsets
     }
 
 

@@ -41,6 +41,9 @@ class RetrievalReport:
     chance_image_to_text: dict[int, float]
     """Expected recall of a random order. Equal captions and images raise it."""
     chance_text_to_image: dict[int, float]
+    map_at_r: float | None = None
+    """Mean of both directions, in per cent, where few captions differ (`metrics.selection`). None:
+    recalls can rank."""
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> "RetrievalReport":
@@ -60,11 +63,17 @@ class RetrievalReport:
             n_texts=int(value["n_texts"]),
             chance_image_to_text=chance_image_to_text,
             chance_text_to_image=chance_text_to_image,
+            map_at_r=value.get("map_at_r"),
         )
 
     @property
+    def selection_score(self) -> float:
+        """Return what chooses epochs and settings: mAP@R if there is one, else the mean recall."""
+        return self.mean_recall if self.map_at_r is None else self.map_at_r
+
+    @property
     def mean_recall(self) -> float:
-        """Return the mean of all recalls, which epochs and recipes are chosen by."""
+        """Return the mean of all recalls."""
         values = [*self.image_to_text.values(), *self.text_to_image.values()]
         return sum(values) / len(values)
 
@@ -105,6 +114,32 @@ def retrieval_report(
     Raises:
         DataError: nothing to rank, an image without a caption, or embeddings that are not finite.
     """
+    to_text, to_image = ranks_of(
+        image,
+        text=text,
+        image_of_text=image_of_text,
+        relevance=relevance,
+    )
+    return report_of_ranks(
+        to_text,
+        to_image=to_image,
+        image_of_text=image_of_text,
+        ks=ks,
+        relevance=relevance,
+    )
+
+
+def ranks_of(
+    image: Tensor,
+    text: Tensor,
+    image_of_text: Tensor,
+    relevance: Relevance | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rank all queries of both directions; arguments and errors are those of `retrieval_report`.
+
+    Returns:
+        The ranks of images [n_images] and of texts [n_texts] as queries, int64; 0 is best.
+    """
     for name, value in (("image", image), ("text", text), ("image_of_text", image_of_text)):
         require_type(value, Tensor, name)
     _require_rankable(image, text, image_of_text)
@@ -120,17 +155,29 @@ def retrieval_report(
         image_of_text=image_of_text,
         relevance=relevance,
     )
+    return to_text, to_image
+
+
+def report_of_ranks(
+    to_text: Tensor,
+    to_image: Tensor,
+    image_of_text: Tensor,
+    ks: Sequence[int] = KS,
+    relevance: Relevance | None = None,
+) -> RetrievalReport:
+    """Compute the recalls of the ranks that `ranks_of` returned for the same arguments."""
+    n_images = len(to_text)
     chance_image_to_text, chance_text_to_image = chance_recalls(
         image_of_text,
-        n_images=len(image),
+        n_images=n_images,
         ks=ks,
         relevance=relevance,
     )
     return RetrievalReport(
         image_to_text=recall_at(to_text, ks),
         text_to_image=recall_at(to_image, ks),
-        n_images=len(image),
-        n_texts=len(text),
+        n_images=n_images,
+        n_texts=len(to_image),
         chance_image_to_text=chance_image_to_text,
         chance_text_to_image=chance_text_to_image,
     )

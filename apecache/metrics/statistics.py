@@ -81,8 +81,10 @@ class RetrievalHits:
         return moved / len(terms)
 
     def shares(self, terms: Sequence[Term]) -> NDArray[np.float64]:
-        """Return float64 [n_images]: what each image adds to `value`, in points; the sum is
-        `value`."""
+        """Return what each image adds to `value`, float64 [n_images], in points.
+
+        The sum is `value`.
+        """
         added = np.zeros(self.n_images)
         for hits, n_queries in map(self._answers, terms):
             added += 100 * hits / n_queries.sum()

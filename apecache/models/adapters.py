@@ -22,17 +22,17 @@ STD = 0.02
 class Adapter(nn.Module):
     """Compute x + up(gelu(down(x))), [..., dim] -> [..., dim].
 
-    Weights are N(0, 0.02), truncated at two deviations in vision transformers, and biases 0. It is
-    not the identity at the start (LilT, section 2.2, and its published code).
+    Weights are N(0, 0.02) and biases 0. It is not the identity at the start (LilT, section 2.2, and
+    its published code, whose truncation for vision transformers is at 2, a hundred deviations).
     """
 
-    def __init__(self, dim: int, reduction: int, truncated: bool) -> None:
+    def __init__(self, dim: int, reduction: int) -> None:
         super().__init__()
         inner_dim = max(1, dim // reduction)
         self.down = nn.Linear(dim, inner_dim)
         self.up = nn.Linear(inner_dim, dim)
         for layer in (self.down, self.up):
-            _draw(layer.weight, truncated)
+            nn.init.normal_(layer.weight, std=STD)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,12 +106,11 @@ def _drawing_device(parameter: Tensor) -> torch.device:
 
 def _layerwise(tower: Tower, spec: AdapterSpec) -> nn.ModuleList:
     """Build a pair of adapters for each block, one for each of its branches."""
-    truncated = tower.modality == "image"
     pairs = nn.ModuleList()
     with torch.device(_drawing_device(next(tower.module.parameters()))):
         for _ in range(tower.n_blocks):
-            first = Adapter(tower.dim, spec.reduction, truncated)
-            second = Adapter(tower.dim, spec.reduction, truncated)
+            first = Adapter(tower.dim, spec.reduction)
+            second = Adapter(tower.dim, spec.reduction)
             pairs.append(nn.ModuleList((first, second)))
     return pairs
 
@@ -127,7 +126,7 @@ def _deep(tower: Tower) -> nn.Module:
     for name, parameter in block.named_parameters():
         with torch.no_grad():
             if parameter.ndim >= 2:
-                _draw(parameter, truncated=tower.modality == "image")
+                nn.init.normal_(parameter, std=STD)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     return block.requires_grad_(True)
@@ -139,12 +138,19 @@ def _low_rank(tower: Tower, block: nn.Module, spec: AdapterSpec) -> nn.ModuleDic
     for name, layer in block.named_modules():
         if isinstance(layer, nn.Linear) and _target(name) in spec.targets:
             targeted[name] = layer
+    missing = set(spec.targets) - {_target(name) for name in targeted}
+    if missing:
+        raise RecipeError(
+            f"LoRA: {type(block).__name__} has no linear layers of {', '.join(sorted(missing))}; "
+            "use other targets"
+        )
     for name in targeted:
         owner = block.get_submodule(name.rpartition(".")[0])
-        if getattr(owner, "q_bias", None) is not None:
+        is_packed = isinstance(owner, nn.MultiheadAttention)
+        if is_packed or getattr(owner, "q_bias", None) is not None:
             raise RecipeError(
-                "timm's BEiT calls its query, key and value weights past their layer; use targets "
-                "= ['mlp']"
+                f"{type(owner).__name__} calls its query, key and value weights past their layer "
+                "(timm's BEiT and EVA, open_clip); use targets = ['mlp']"
             )
     updates = {name.replace(".", "/"): LowRank(layer, spec) for name, layer in targeted.items()}
     return nn.ModuleDict(updates)
@@ -155,13 +161,6 @@ def _target(name: str) -> str:
     beginnings = ("attn.", "attention.", "self_attn.")
     is_attention = name.startswith(beginnings) or ".SelfAttention." in f".{name}."
     return "attention" if is_attention else "mlp"
-
-
-def _draw(weight: Tensor, truncated: bool) -> None:
-    if truncated:
-        nn.init.trunc_normal_(weight, std=STD, a=-2 * STD, b=2 * STD)
-    else:
-        nn.init.normal_(weight, std=STD)
 
 
 # --- hooks ----------------------------------------------------------------------------------------

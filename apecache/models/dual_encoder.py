@@ -16,7 +16,7 @@ from apecache.fingerprint import Modality
 from apecache.heads.build import build_heads
 from apecache.heads.head import EnsembleHead, Head
 from apecache.losses.contrastive import Groups, Temperature
-from apecache.losses.objective import build_temperature, contrast, structure_term, structure_weight
+from apecache.losses.registry import build_temperature, contrast, structure_term, structure_weight
 from apecache.losses.spec import LossSpec
 from apecache.models.adapters import insert_adapters
 from apecache.models.freezing import (
@@ -24,6 +24,7 @@ from apecache.models.freezing import (
     find_cut,
     freeze_head,
     freeze_towers,
+    spared_parameters,
     trained_parameters,
 )
 from apecache.models.shared_encoder import Distillation, SharedLoss, SharedSide, build_sides
@@ -107,6 +108,7 @@ class EncoderModel(nn.Module):
         rates: Sequence[tuple[nn.Parameter, float]],
         objective: LossSpec | None = None,
         shared: SharedLoss | None = None,
+        undecayed: Sequence[nn.Parameter] = (),
     ) -> None:
         super().__init__()
         self.image = image
@@ -115,10 +117,15 @@ class EncoderModel(nn.Module):
         self.shared = shared
         self.objective = objective or LossSpec()
         self._rates = list(rates)
+        self._undecayed = list(undecayed)
 
     def rates(self) -> list[tuple[nn.Parameter, float]]:
         """Return (parameter, factor of the learning rate) for all that trains."""
         return self._rates
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Return what trains without weight decay, whatever its dimensions."""
+        return self._undecayed
 
     def loss(
         self,
@@ -289,12 +296,16 @@ def build_around(
         if side.tower is None:
             rates += freeze_head(modality, side.head, recipe.towers)
     rates += [(p, 1.0) for p in temperature.parameters() if p.requires_grad]
+    undecayed: list[nn.Parameter] = []
+    for live_tower, _ in live:
+        undecayed += spared_parameters(live_tower, matches, recipe.optimizer.undecayed)
     return EncoderModel(
         sides[0],
         text=sides[1],
         temperature=temperature,
         rates=rates,
         objective=recipe.loss,
+        undecayed=undecayed,
     )
 
 
@@ -309,7 +320,12 @@ def build_shared(
     Raises RecipeError as `build_sides` does.
     """
     assert recipe.shared is not None
-    image, text, rates = build_sides(recipe, spec=recipe.shared, towers=towers, device=device)
+    image, text, rates, undecayed = build_sides(
+        recipe,
+        spec=recipe.shared,
+        towers=towers,
+        device=device,
+    )
     outer = build_temperature(recipe.loss).to(device)
     inner = build_temperature(recipe.loss).to(device)
     distillation = None
@@ -332,6 +348,7 @@ def build_shared(
         rates=rates,
         objective=recipe.loss,
         shared=loss,
+        undecayed=undecayed,
     )
 
 

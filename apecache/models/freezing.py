@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from apecache.encoders.module_map import EMBEDDING_PLACES
+from apecache.encoders.module_places import EMBEDDING_PLACES
 from apecache.encoders.tower import Cut, Tower
 from apecache.encoders.tower_parameters import TowerParameter
 from apecache.errors import RecipeError
@@ -95,6 +95,19 @@ def trained_parameters(
     return list(trained.items())
 
 
+def spared_parameters(
+    tower: Tower,
+    matches: Sequence[FreezeDecision],
+    sections: Sequence[str],
+) -> list[nn.Parameter]:
+    """Return the trained parameters of one tower that belong to these parts of it."""
+    return [
+        tower.parameter(match.part)
+        for match in matches
+        if match.train and match.side == tower.modality and match.part.section in sections
+    ]
+
+
 def freeze_head(
     side: Modality,
     head: nn.Module,
@@ -142,6 +155,11 @@ def find_cut(matches: Sequence[FreezeDecision], tower: Tower) -> TowerCut:
     depth = min(trained_part.depth for trained_part in trained_parts)
     if depth == -1:
         return TowerCut(cut=None, reason=_why_none(trained_parts, tower))
+    if depth > 0 and tower.sees_padding:
+        return TowerCut(
+            cut=None,
+            reason=("its tokens depend on the padding of the text, which cached tokens leave out"),
+        )
     if depth == 0:
         return TowerCut(
             cut=None,
@@ -290,7 +308,7 @@ def _require_matches(
     sides = {tower.modality for tower, _ in tower_parts}
     for rule in rules:
         selector = parse_selector(rule.part)
-        if selector.side not in (None, *sides):
+        if rule.optional or selector.side not in (None, *sides):
             continue
         if not any(_fits(selector, tower_part, tower) for tower, tower_part in tower_parts):
             raise RecipeError(f"rule {rule.part!r} fits nothing; {_existing(tower_parts)}")

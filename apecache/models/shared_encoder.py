@@ -18,16 +18,33 @@ from apecache.fingerprint import Modality
 from apecache.heads.normalization import normalize
 from apecache.losses.contrastive import Groups, Temperature
 from apecache.losses.distillation import TeacherBank, distil_classes, distil_contrastive, distil_mse
-from apecache.losses.objective import contrast
+from apecache.losses.registry import contrast
 from apecache.losses.spec import LossSpec
-from apecache.models.freezing import FreezeDecision, freeze_towers, trained_parameters
+from apecache.models.freezing import (
+    FreezeDecision,
+    freeze_towers,
+    spared_parameters,
+    trained_parameters,
+)
 from apecache.recipes.recipe import Recipe
 from apecache.recipes.sections import DistillationSpec, SharedSpec
 
+STD = 0.02
+"""Of linear layers before the truncation at one deviation, which leaves 0.0108."""
+NORM_EPS = 1e-6
+
+
+def draw_linear(layer: nn.Linear) -> None:
+    """Draw a new linear layer as the published code does: N(0, 0.02) cut at +-0.02, biases 0."""
+    nn.init.trunc_normal_(layer.weight, std=STD, a=-STD, b=STD)
+    nn.init.zeros_(layer.bias)
+
 
 class SharedBlock(nn.Module):
-    """Apply pre-norm attention and feed-forward, each with a learned scale per feature
-    (LayerScale)."""
+    """Apply pre-norm attention and feed-forward, each with LayerScale.
+
+    LayerScale is a learned scale for each feature.
+    """
 
     def __init__(self, dim: int, spec: SharedSpec) -> None:
         super().__init__()
@@ -36,16 +53,14 @@ class SharedBlock(nn.Module):
             raise RecipeError(
                 f"shared.n_heads {self.n_heads} does not divide the towers' width {dim}"
             )
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.project = nn.Linear(dim, dim)
         self.up = nn.Linear(dim, spec.expansion * dim)
         self.down = nn.Linear(spec.expansion * dim, dim)
-        # Initialized as the blocks of vision transformers are.
         for layer in (self.qkv, self.project, self.up, self.down):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+            draw_linear(layer)
         self.scale1 = nn.Parameter(torch.full((dim,), spec.layer_scale))
         self.scale2 = nn.Parameter(torch.full((dim,), spec.layer_scale))
 
@@ -84,7 +99,7 @@ class SharedLayers(nn.Module):
     def __init__(self, dim: int, spec: SharedSpec) -> None:
         super().__init__()
         # Image before text.
-        self.types = nn.Parameter(torch.randn(2, dim) * 0.02)
+        self.types = nn.Parameter(torch.randn(2, dim))
         self.type_scale = nn.Parameter(torch.full((dim,), spec.type_scale))
         self.block = SharedBlock(dim, spec)
 
@@ -142,8 +157,9 @@ class Distillation(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.project = nn.Linear(dim, teacher_dim)
+        draw_linear(self.project)
         self.teacher = teacher
         banked = spec.kind == "contrastive" and teacher is not None
         self.bank = TeacherBank(spec.bank, teacher_dim) if banked else None
@@ -282,16 +298,17 @@ def build_sides(
     spec: SharedSpec,
     towers: Sequence[Tower],
     device: torch.device,
-) -> tuple[SharedSide, SharedSide, list[tuple[nn.Parameter, float]]]:
-    """Build both sides; the towers lose their upper blocks. Weights are drawn from torch's
-    generator.
+) -> tuple[SharedSide, SharedSide, list[tuple[nn.Parameter, float]], list[nn.Parameter]]:
+    """Build both sides; the towers lose their upper blocks.
+
+    Weights are drawn from torch's generator.
 
     Args:
         towers: image before text.
 
     Returns:
-        The image side, the text side, and (parameter, factor of the learning rate) for all that
-        trains in them.
+        The image side, the text side, (parameter, factor of the learning rate) for all that trains
+        in them, and what of it is not decayed.
 
     Raises:
         RecipeError: towers of different widths, without a CLS token, or with too few blocks.
@@ -308,16 +325,21 @@ def build_sides(
     layers = SharedLayers(towers[0].dim, spec).to(device)
     # The shared layers stand in for both heads, and always train.
     matches = freeze_towers([(tower, nn.Identity()) for tower in towers], recipe.towers)
+    spared_sections = recipe.optimizer.undecayed
     rates: list[tuple[nn.Parameter, float]] = []
+    undecayed: list[nn.Parameter] = []
     for tower in towers:
         tower_matches = _below_end(matches, tower)
         rates += trained_parameters(tower, nn.Identity(), tower_matches)
+        undecayed += spared_parameters(tower, tower_matches, spared_sections)
+    if "token_types" in spared_sections:
+        undecayed.append(layers.types)
     trained_ids = {id(parameter) for parameter, _ in rates}
     for tower in towers:
         for parameter in tower.parameters():
             parameter.requires_grad_(id(parameter) in trained_ids)
     rates += [(parameter, 1.0) for parameter in layers.parameters()]
-    return SharedSide(towers[0], layers), SharedSide(towers[1], layers), rates
+    return SharedSide(towers[0], layers), SharedSide(towers[1], layers), rates, undecayed
 
 
 def _below_end(matches: Sequence[FreezeDecision], tower: Tower) -> list[FreezeDecision]:

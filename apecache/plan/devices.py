@@ -1,12 +1,12 @@
 """List what devices can compute, from vendors' data sheets, and measure this machine."""
 
-import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
-from apecache.device import resolve_device
+from apecache.device import resolve_device, timed_seconds
 from apecache.errors import OptionError, nearest
 
 
@@ -124,13 +124,13 @@ def measure_device(dim: int = 384, length: int = 128, n: int = 4, seconds: float
     tokens = torch.randn(n, length, dim, device=device, requires_grad=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=on_cuda):
         # The first step allocates memory and picks kernels: it is not timed.
-        _step(block, tokens)
-        begin = time.perf_counter()
+        step = partial(_step, block, tokens)
+        step()
+        elapsed = 0.0
         n_steps = 0
-        while time.perf_counter() - begin < seconds:
-            _step(block, tokens)
+        while elapsed < seconds:
+            elapsed += timed_seconds(step, device)
             n_steps += 1
-    elapsed = time.perf_counter() - begin
     memory = torch.cuda.get_device_properties(device).total_memory if on_cuda else None
     # A backward pass takes twice the operations of the forward pass.
     return Device(
@@ -143,9 +143,6 @@ def measure_device(dim: int = 384, length: int = 128, n: int = 4, seconds: float
 
 def _step(block: nn.Module, tokens: torch.Tensor) -> None:
     block(tokens).sum().backward()
-    if tokens.is_cuda:
-        # Kernels run asynchronously: without this only their launch would be timed.
-        torch.cuda.synchronize()
 
 
 def block_flops(dim: int, length: int, expansion: int = 4) -> int:

@@ -14,8 +14,10 @@ from apecache.plan.counting import STORED_BYTES, ItemCosts, Parts, PlanSpec, Sid
 from apecache.plan.counting_shared import TeacherSizes, count_shared
 from apecache.plan.devices import Device
 from apecache.recipes.recipe import Recipe, build_meta_heads
+from apecache.recipes.schedule import Epoch
 from apecache.recipes.sections import TowersSpec
 
+EPOCHS: tuple[Epoch, ...] = ("images", "pairs")
 Cuts = tuple[Cut | None, Cut | None]
 """Where the image and the text tower are cut; None: not at all."""
 FLOAT_BYTES = 4
@@ -73,6 +75,9 @@ class Plan:
     path: str
     device: Device
     n_steps: int
+    steps_by_epoch: dict[Epoch, int]
+    """Steps if an epoch goes through all images, and if it goes through all pairs of an image and a
+    caption. Equal where the recipe gives its steps itself."""
     batch_size: int
     image: SidePlan
     text: SidePlan
@@ -87,6 +92,9 @@ class Plan:
     and its features are taken to be as wide as the student."""
     planned: Cost
     without_cache: Cost
+    fitting_slice: int | None
+    """Largest `--slice` whose peak memory fits into the device, where that of `planned` does not; 0
+    where none fits. None: `planned` fits, or the device's memory is not known."""
     full: Cost
     """Of CLIP training: both whole towers train from their inputs."""
 
@@ -143,6 +151,7 @@ def plan(
     # Fresh towers once more: counting the recipe froze parameters and put adapters into the others.
     full_model = _tower_model(everything, recipe=recipe, image=image(), text=text(), spec=spec)
     n_steps, batch_size, _ = steps_of(recipe, spec)
+    steps_by_epoch = {epoch: steps_of(with_epoch(recipe, epoch), spec)[0] for epoch in EPOCHS}
     costs = (
         cost_of(recipe, model=model, spec=spec, device=device, cached=True),
         cost_of(recipe, model=model, spec=spec, device=device, cached=False),
@@ -160,6 +169,7 @@ def plan(
         path=_path(recipe, model.sides),
         device=device,
         n_steps=n_steps,
+        steps_by_epoch=steps_by_epoch,
         batch_size=batch_size,
         image=image_side,
         text=text_side,
@@ -169,6 +179,7 @@ def plan(
         teacher_bytes=teacher_dim * spec.rows * STORED_BYTES,
         teacher_is_counted=model.taught is None or model.taught.flops > 0,
         planned=planned,
+        fitting_slice=_fitting_slice(recipe, model=model, spec=spec, device=device),
         without_cache=without_cache,
         full=full,
     )
@@ -221,14 +232,21 @@ def _path(recipe: Recipe, sides: Sequence[SidePlan]) -> str:
 
 
 def steps_of(recipe: Recipe, spec: PlanSpec) -> tuple[int, int, int]:
-    """Return (steps, images in a batch, batches in a step), as both trainers run them."""
+    """Return (steps, images or pairs in a batch, batches in a step), as both trainers run them."""
     schedule = recipe.schedule
-    batch_size = min(schedule.batch_size, spec.rows)
+    n_items = spec.rows * spec.captions if schedule.epoch == "pairs" else spec.rows
+    batch_size = min(schedule.batch_size, n_items)
     # Rounded down: the trainers leave out an epoch's last, incomplete batch and step.
-    n_batches = max(1, spec.rows // batch_size)
+    n_batches = max(1, n_items // batch_size)
     accumulate = min(schedule.accumulate, n_batches)
     n_steps = schedule.steps or schedule.epochs * (n_batches // accumulate)
     return n_steps, batch_size, accumulate
+
+
+def with_epoch(recipe: Recipe, epoch: Epoch) -> Recipe:
+    """Return the recipe with another unit of its epochs."""
+    schedule = recipe.schedule.model_copy(update={"epoch": epoch})
+    return recipe.model_copy(update={"schedule": schedule})
 
 
 def _tower_model(
@@ -406,6 +424,29 @@ def _item(side: SidePlan, count: ItemCosts, cached: bool, slices: bool) -> int:
         return item_flops
     skipped_flops = side.below_flops if cached else 0
     return item_flops + count.whole_flops - skipped_flops
+
+
+def _fitting_slice(
+    recipe: Recipe,
+    model: ModelCosts,
+    spec: PlanSpec,
+    device: Device,
+) -> int | None:
+    """Return the largest slice that fits; see `Plan.fitting_slice`."""
+    _, batch_size, _ = steps_of(recipe, spec)
+    memory_bytes = device.memory_bytes
+    n_live = min(batch_size, spec.slice_size or batch_size)
+
+    def peak_bytes(n_in_memory: int) -> int:
+        return _peak(recipe, model=model, n_live=n_in_memory, batch=batch_size, cached=True)
+
+    if memory_bytes is None or peak_bytes(n_live) <= memory_bytes:
+        return None
+    if peak_bytes(1) > memory_bytes:
+        return 0
+    # The peak grows linearly with the slice.
+    item_bytes = max(1, peak_bytes(2) - peak_bytes(1))
+    return 1 + (memory_bytes - peak_bytes(1)) // item_bytes
 
 
 def _peak(recipe: Recipe, model: ModelCosts, n_live: int, batch: int, cached: bool) -> int:

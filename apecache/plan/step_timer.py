@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from apecache.data.images import decode_image
-from apecache.device import resolve_device, seeded_generators, synchronize
+from apecache.device import resolve_device, seeded_generators, timed_seconds
 from apecache.encoders.load import load_preprocess, shape_tower
 from apecache.encoders.spec import EncoderSpec
 from apecache.encoders.tower import Cut, Tower
@@ -27,12 +27,12 @@ from apecache.plan.plan import Cuts, steps_of
 from apecache.recipes.recipe import Recipe
 from apecache.train.batches import FeaturePairs, batches
 from apecache.train.encoder_data import FitEncoderSpec
-from apecache.train.encoder_fit import EncoderFit
-from apecache.train.fit import Fit, StepCount, Training
+from apecache.train.fit import Fit, HeadFit, StepCount
 from apecache.train.live import CachedInputs, ImageInputs, Inputs, TokenInputs
 from apecache.train.loop import take_step
 from apecache.train.model import build_model
 from apecache.train.ranks import ALONE
+from apecache.train.tower_fit import EncoderFit
 
 FIRST_IMAGES = 16
 ENOUGH_SECONDS = 0.5
@@ -49,8 +49,10 @@ ENCODED_IMAGES = 32
 
 @dataclass(kw_only=True)
 class StepTimer:
-    """Time a recipe, as an `apecache.plan.plan.PlanTimer`, on CUDA if there is any, else on the
-    CPU."""
+    """Time a recipe on CUDA if there is any, else on the CPU.
+
+    It is an `apecache.plan.plan.PlanTimer`.
+    """
 
     recipe: Recipe
     image: EncoderSpec
@@ -131,14 +133,9 @@ class StepTimer:
         """Return the median seconds of two calls after a first one, more if they are short."""
         # The first call allocates memory and chooses kernels.
         run()
-        synchronize(self.device)
         seconds: list[float] = []
         while len(seconds) < 2 or (len(seconds) < MOST_STEPS and sum(seconds) < ENOUGH_SECONDS):
-            begin = self.clock()
-            run()
-            # A device computes on after the host has started its work.
-            synchronize(self.device)
-            seconds.append(self.clock() - begin)
+            seconds.append(timed_seconds(run, self.device, self.clock))
         return median(seconds)
 
     # --- what is run ------------------------------------------------------------------------------
@@ -207,7 +204,7 @@ class StepTimer:
             device=self.device,
         )
         model = build_model(self.recipe, pairs, 0)
-        return Training(model, self.recipe, 0), pairs
+        return HeadFit(model, self.recipe, 0), pairs
 
     def _row_shape(self, tower: Tower) -> tuple[int, ...]:
         """Return (tokens, dim) after the last block of a tower on the meta device."""

@@ -1,4 +1,4 @@
-"""Read recipes and heads whose keys were recorded in the British spelling of earlier versions."""
+"""Read recipes and heads as earlier versions recorded them: other names, fewer keys."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,13 @@ NEW_KEYS = {"optimiser": "optimizer", "standardise": "standardize"}
 """New name of a key by its former name."""
 NEW_KINDS = {"several": "ensemble"}
 """New kind of a head by its former name."""
-LATER_DEFAULTS: dict[str, Any] = {"join": "concat", "widths": []}
-"""Keys that earlier versions did not have, with their defaults."""
+LATER_DEFAULTS: dict[str, Any] = {
+    "custom": "",
+    "initialization": "torch",
+    "join": "concat",
+    "widths": [],
+}
+"""Keys that earlier versions did not have, with the value that means what they did."""
 FORMER_KEYS = {new: former for former, new in NEW_KEYS.items()}
 FORMER_KINDS = {new: former for former, new in NEW_KINDS.items()}
 

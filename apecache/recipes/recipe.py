@@ -15,9 +15,11 @@ from apecache.arguments import AnyPath, as_texts, wrong_type
 from apecache.errors import RecipeError, nearest
 from apecache.heads.build import build_heads
 from apecache.heads.head import Head, HeadSpec
+from apecache.heads.pooled import N_COMPLEMENTS
 from apecache.losses.spec import LossSpec
 from apecache.recipes.extend import RecipeLayer, is_file, merged_layers, require_no_cycle
 from apecache.recipes.former_keys import NEW_KEYS, NEW_KINDS
+from apecache.recipes.schedule import OptimizerSpec, ScheduleSpec
 from apecache.recipes.sections import (
     DistillationSpec,
     SharedSpec,
@@ -33,52 +35,6 @@ FREEZE = "freeze/"
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimizerSpec(Settings):
-    """Choose the optimizer."""
-
-    kind: Literal["adamw", "adam", "lion", "sgd"] = "adamw"
-    lr: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    """Of parameters with two dimensions or more. `adam` adds it to the gradient."""
-    betas: tuple[Beta, Beta] = (0.9, 0.98)
-    """`sgd`: the first is the momentum."""
-    eps: float = Field(default=1e-6, gt=0)
-    clip: float = Field(default=0.0, ge=0)
-    """Largest gradient norm; 0: none."""
-    ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay of an average of the weights, which is evaluated and kept; 0: no average."""
-
-
-class ScheduleSpec(Settings):
-    """Set steps, batches and the learning rate over time.
-
-    In every epoch each image is seen once, with captions drawn at random. The learning rate rises
-    linearly during the warm-up, then decays.
-    """
-
-    epochs: int = Field(default=30, ge=0)
-    """0 (and `steps` 0): nothing trains, the heads stay as `init` makes them."""
-    steps: int = Field(default=0, ge=0)
-    """Above 0 they replace `epochs`."""
-    batch_size: int = Field(default=1024, ge=2)
-    """Images in a batch; where there are fewer, all of them."""
-    accumulate: int = Field(default=1, ge=1)
-    """Batches in a step; they add no negatives."""
-    warmup: float = Field(default=0.1, ge=0, le=1)
-    """Share of all steps."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Above 0 they replace `warmup`."""
-    decay: Literal["cosine", "constant"] = "cosine"
-    """`constant`: the rate stays."""
-    final: float = Field(default=0.0, ge=0, le=1)
-    """Share of the learning rate at the end of the cosine."""
-    patience: int = Field(default=0, ge=0)
-    """Evaluations without a better one before the training stops; 0: it never stops early."""
-    evaluate_every: int = Field(default=1, ge=1)
-    """Epochs between two evaluations on dev."""
 
 
 class ImageAugmentationSpec(Settings):
@@ -90,8 +46,10 @@ class ImageAugmentationSpec(Settings):
     """Range of the ratio of the crop's sides."""
     flip: bool = False
     """Mirror the crop half of the time."""
+    jitter: float = Field(default=0.0, ge=0, le=1)
+    """Change brightness, contrast and saturation by factors up to this far from 1."""
     operations: int = Field(default=0, ge=0)
-    """Of RandAugment, after the crop."""
+    """Of RandAugment, drawn after the crop; each is applied half of the time."""
     magnitude: float = Field(default=7.0, ge=0, le=10)
     """Of these operations."""
 
@@ -140,11 +98,13 @@ class Recipe(Settings):
     """Where the recipe comes from, and which settings are this project's choice."""
     summary: str = ""
     """One line."""
-    init: Literal["random", "cca", "ridge", "procrustes", "asif"] = "random"
+    init: Literal["random", "cca", "ridge", "procrustes", "asif", "pretrained"] = "random"
     """`random`, or a closed form that the heads begin with: `cca` (both sides linear, or with
     `skip`), `ridge` and `procrustes` (text linear, or with `skip`; image `identity`), `asif` (both
     sides a `dictionary` of the training pairs; nothing trains). With `schedule.epochs` 0 the closed
-    form is the whole fit."""
+    form is the whole fit. `pretrained`: the encoders are both sides of one image-text model (CLIP,
+    SigLIP), both heads are `identity`, and temperature, bias and so the kind of the loss are the
+    model's own."""
     image: HeadSpec = HeadSpec()
     text: HeadSpec = HeadSpec()
     closed_form: ClosedFormSpec = ClosedFormSpec()
@@ -181,8 +141,24 @@ class Recipe(Settings):
         has_dictionary = any(head.kind == "dictionary" for head in heads)
         if has_dictionary != (self.init == "asif"):
             raise ValueError("init asif and heads of kind dictionary go together, and only so")
+        is_identity = all(head.kind == "identity" and not head.standardize for head in heads)
+        if self.init == "pretrained" and not is_identity:
+            raise ValueError(
+                "init pretrained takes the model's own features: set kind identity and "
+                "standardize false for image and text"
+            )
+        canonical = [head.kind == "canonical" for head in heads]
+        if any(canonical) and (not all(canonical) or self.init != "cca" or self.has_steps):
+            raise ValueError(
+                "heads of kind canonical come on both sides, with init cca and schedule.epochs 0"
+            )
         if self.init == "asif" and self.has_steps:
             raise ValueError("init asif trains nothing: set schedule.epochs to 0")
+        if self.schedule.epoch == "pairs" and self.loss.captions > 1:
+            raise ValueError(
+                "an epoch of pairs takes one caption at a time: set loss.captions to 1, or "
+                "schedule.epoch to images"
+            )
         if self.distillation and not self.shared:
             raise ValueError("distillation teaches a shared encoder: give a section shared too")
         if self.shared and not (self.towers.may_train("image") and self.towers.may_train("text")):
@@ -196,7 +172,25 @@ class Recipe(Settings):
             )
         if self.augmentation.mixup and "tokens" in (self.image.cut, self.text.cut):
             raise ValueError("augmentation.mixup mixes pooled features; these heads take tokens")
+        self._require_nested_widths()
         return self
+
+    def _require_nested_widths(self) -> None:
+        """Raise ValueError where the widths of `loss.matryoshka` do not suit the heads."""
+        widths = self.loss.matryoshka
+        if not widths:
+            return
+        if self.image.parts or self.text.parts or self.shared:
+            raise ValueError(
+                "loss.matryoshka is for a single head on each side: an ensemble or a shared block "
+                "has no order among its values"
+            )
+        dims = [dim for dim in (self.image.dim, self.text.dim) if dim is not None]
+        if dims and widths[-1] >= min(dims):
+            raise ValueError(
+                f"loss.matryoshka {widths[-1]} is not smaller than the width {min(dims)} of the "
+                "embedding, which is always trained"
+            )
 
     @property
     def cut(self) -> str:
@@ -242,6 +236,8 @@ def build_meta_heads(recipe: Recipe, image_dim: int, text_dim: int) -> tuple[Hea
     if recipe.init == "cca" and image.dim is None and text.dim is None:
         # No rank exceeds the width of the features it is found in.
         rank = min(image_dim, text_dim, max(recipe.closed_form.rank))
+        if text.kind == "canonical":
+            rank += N_COMPLEMENTS
         image = _with_dim(image, rank)
     try:
         with torch.device("meta"):
@@ -391,7 +387,11 @@ def _freeze(values: dict[str, Any], shorthand: str) -> dict[str, Any]:
     """Return the values of the recipe `freeze` with a shorthand, which may be in either form."""
     ascii_shorthand = require_shorthand(shorthand)
     towers = {**values["towers"], "freezing": ascii_shorthand}
-    return {**values, "name": f"{FREEZE}{ascii_shorthand}", "towers": towers}
+    named = {**values, "name": f"{FREEZE}{ascii_shorthand}", "towers": towers}
+    if ascii_shorthand.startswith("Vff"):
+        # A frozen image tower is read from the cache, which holds no crops.
+        del named["augmentation"]
+    return named
 
 
 def _override(values: dict[str, Any], setting: str) -> dict[str, Any]:
@@ -446,6 +446,8 @@ def _explain(item: Any) -> str:
         expected = item.get("ctx", {}).get("expected", "").replace(" or ", ", ")
         choices = [choice.strip("'") for choice in expected.split(", ")]
         hint = nearest(str(item["input"]), choices)
+    if key_path == "schedule.epoch":
+        hint = "; the number of epochs is schedule.epochs"
     # pydantic puts this before the messages of the validators above.
     message: str = item["msg"].removeprefix("Value error, ")
     if not key_path:

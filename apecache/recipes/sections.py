@@ -102,6 +102,8 @@ class Rule(Settings):
     train: bool = True
     lr: float = Field(default=1.0, gt=0)
     """Factor of the learning rate."""
+    optional: bool = False
+    """Whether towers without such a part are accepted."""
 
     @field_validator("part")
     @classmethod
@@ -141,7 +143,8 @@ class TowersSpec(Settings):
     text_adapter: AdapterSpec | None = None
     image_pooling: Literal["default", "cls", "mean", "max", "cls+mean"] = "default"
     """`default`: that of the encoder."""
-    text_pooling: Literal["default", "cls", "mean", "max", "cls+mean"] = "default"
+    text_pooling: Literal["default", "cls", "mean", "max", "last", "cls+mean"] = "default"
+    """The same for texts; `last` is the last token, of causal decoders."""
     lr_decay: float = Field(default=1.0, gt=0, le=1)
     """The learning rate of a block is that of the block above times this."""
     checkpointing: bool = False
@@ -241,7 +244,7 @@ def shorthand_rules(text: str) -> tuple[Rule, ...]:
     match = _match_shorthand(text)
     if not match:
         raise ValueError(
-            f"{text!r} is no freezing shorthand; expected one like Vuf-Tuu or V_u^f T_u^u"
+            f"{text!r} is not a freezing shorthand; expected one like Vuf-Tuu or V_u^f T_u^u"
         )
     image_embeddings, image_blocks, text_embeddings, text_blocks = match.groups()
     image_rules = _side_rules("image", image_embeddings, image_blocks)

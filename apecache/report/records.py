@@ -127,7 +127,7 @@ def _read(name: str, path: Path) -> RunRecord:
 def _number(name: str, value: Any) -> Any:
     # Not isinstance: true would pass as an integer.
     if value is not None and type(value) not in (int, float):
-        raise ValueError(f"{name} is no number")
+        raise ValueError(f"{name} is not a number")
     return value
 
 
@@ -147,7 +147,7 @@ def _settings(
 
 
 def encoder_label(encoder: EncoderSpec, digest: str) -> str:
-    """Name an encoder with the settings that change its features: pooling, layer, sizes, prefix, …
+    """Name an encoder with the settings that change its features, such as pooling and prefix.
 
     Two folders of the same name can hold different encoders, so the label of a local encoder also
     has the end of its digest.

@@ -4,7 +4,7 @@ Without a store the page shows what the runs record: figures of the dev split, o
 chosen. With a store it measures, by default on the same dev split, and shows pictures.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,16 +13,19 @@ from numpy.typing import NDArray
 
 from apecache.arguments import AnyPath, as_path, require_spec, require_type, wrong_type
 from apecache.data.images import load_image
-from apecache.data.media import Media, NoMedia, media_at
+from apecache.data.media import Media, NoMedia
+from apecache.data.recorded import recorded_media
 from apecache.errors import DataError
 from apecache.evaluate.embeddings import Embeddings, embed_store
-from apecache.metrics.protocols import RecallIntervals, retrieval_hits, retrieval_intervals
-from apecache.metrics.retrieval import RetrievalReport, retrieval_report
+from apecache.export.benchmark_suite import DATACOMP, read_suites
+from apecache.metrics.protocols import RecallIntervals, measure_retrieval
+from apecache.metrics.retrieval import RetrievalReport
 from apecache.metrics.statistics import RetrievalHits
 from apecache.report.gallery import Gallery
-from apecache.report.page import Chart, Page, Table, write_page
+from apecache.report.page import Cell, Chart, Page, Table, write_page
 from apecache.report.records import (
     RunRecord,
+    ends,
     interval_table,
     read_records,
     retrieval_table,
@@ -41,6 +44,7 @@ from apecache.store.equal import equal_images
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import choose_splits
 
+N_DATACOMP = len(DATACOMP)
 CHOSEN_ON = "The epoch was chosen on these images: the figures are no measure of generalization."
 
 
@@ -62,6 +66,8 @@ class ReportSpec:
     top: int = 5
     """Results of each query."""
     device: str = "auto"
+    baseline: str | None = None
+    """A ready-made model that is measured beside the runs, on the images of the first one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +96,8 @@ def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None =
     require_spec(spec, ReportSpec, "spec", optional=True)
     spec = spec or ReportSpec()
     require_type(spec.store, FeatureStore, "store", optional=True)
+    # Once: a source that its images come with takes a while to open.
+    spec = replace(spec, media=_media(spec))
     records = read_records(folders)
     measured = _measure_all(records, spec)
     reports = {name: run.report for name, run in measured.items()}
@@ -117,7 +125,8 @@ def _galleries(measured: dict[str, _RunMeasurements], spec: ReportSpec) -> tuple
     """Make the galleries of the run with the best mean recall."""
     if spec.store is None:
         return ()
-    best = max(measured, key=lambda name: measured[name].report.mean_recall)
+    of_runs = list(measured)[: -1 if spec.baseline else None]
+    best = max(of_runs, key=lambda name: measured[name].report.mean_recall)
     galleries = retrieval_galleries(
         measured[best].embedded,
         store=spec.store,
@@ -125,7 +134,7 @@ def _galleries(measured: dict[str, _RunMeasurements], spec: ReportSpec) -> tuple
         n_items=spec.n_items,
         top=spec.top,
     )
-    suffix = f": {best}" if len(measured) > 1 else ""
+    suffix = f": {best}" if len(of_runs) > 1 else ""
     return tuple(replace(gallery, title=gallery.title + suffix) for gallery in galleries)
 
 
@@ -133,7 +142,30 @@ def _measure_all(records: Sequence[RunRecord], spec: ReportSpec) -> dict[str, _R
     store = spec.store
     if store is None:
         return {}
-    return {record.name: _measure(record, store, spec) for record in records}
+    measured = {record.name: _measure(record, store, spec) for record in records}
+    if spec.baseline is not None:
+        first = measured[records[0].name]
+        measured[f"{spec.baseline} (ready-made)"] = _measure_baseline(first, store, spec)
+    return measured
+
+
+def _measure_baseline(
+    first: _RunMeasurements,
+    store: FeatureStore,
+    spec: ReportSpec,
+) -> _RunMeasurements:
+    from apecache.evaluate.baseline import embed_baseline, load_baseline
+
+    assert spec.baseline is not None
+    media = _media(spec)
+    baseline = load_baseline(spec.baseline, spec.device)
+    embedded = embed_baseline(
+        baseline,
+        store=store,
+        reference=first.embedded,
+        open_image=lambda key: load_image(key, media).image,
+    )
+    return _measurements(embedded)
 
 
 def _measure(record: RunRecord, store: FeatureStore, spec: ReportSpec) -> _RunMeasurements:
@@ -148,12 +180,16 @@ def _measure(record: RunRecord, store: FeatureStore, spec: ReportSpec) -> _RunMe
         open_image=lambda key: load_image(key, media).image,
         among=among,
     )
+    return _measurements(embedded)
+
+
+def _measurements(embedded: Embeddings) -> _RunMeasurements:
     vectors = (embedded.image, embedded.text, embedded.image_of_text)
-    relevance = embedded.relevance
+    measured = measure_retrieval(*vectors, relevance=embedded.relevance)
     return _RunMeasurements(
-        report=retrieval_report(*vectors, relevance=relevance),
-        intervals=retrieval_intervals(*vectors, relevance=relevance),
-        hits=retrieval_hits(*vectors, relevance=relevance),
+        report=measured.report,
+        intervals=measured.intervals,
+        hits=measured.hits,
         embedded=embedded,
     )
 
@@ -169,6 +205,7 @@ def dev_images(record: RunRecord, store: FeatureStore) -> NDArray[np.bool_]:
     if record.data != store.digest:
         raise DataError(
             f"{record.path} was trained on another table than that of {store.path}; give --split"
+            f"{store.hint(record.data)}"
         )
     content = next((equal_images(array) for array in store.arrays("image")), None)
     _, dev = choose_splits(store.pairs, record.splits, content)
@@ -178,7 +215,7 @@ def dev_images(record: RunRecord, store: FeatureStore) -> NDArray[np.bool_]:
 def _media(spec: ReportSpec) -> Media:
     if spec.media is not None or spec.store is None:
         return spec.media or NoMedia()
-    return media_at(str(spec.store.source.get("root", "")))
+    return recorded_media(spec.store.last_source)
 
 
 def _tables(
@@ -202,8 +239,38 @@ def _tables(
         for table in (seeds_table(records, reports, hits), settings_table(records)):
             if table is not None:
                 tables.append(table)
+    tables += suite_tables(_paths(records))
     costs = ledger_table(_paths(records))
     return [*tables, costs] if costs.rows else tables
+
+
+def suite_tables(paths: Mapping[str, Path]) -> list[Table]:
+    """Make a table per suite of `apecache evaluate --suite` that a run has results of."""
+    rows: dict[str, list[tuple[Cell, ...]]] = {}
+    for name, path in paths.items():
+        for report in read_suites(path):
+            for row in report.rows:
+                metric = (
+                    row.main_metric if row.main_metric in row.metrics else next(iter(row.metrics))
+                )
+                low, high = row.intervals[metric]
+                cells = (
+                    name,
+                    row.title,
+                    metric,
+                    100 * row.metrics[metric],
+                    ends(100 * low, 100 * high),
+                )
+                rows.setdefault(report.suite, []).append((*cells, row.n_images))
+            if report.main_score is not None:
+                n_measured = N_DATACOMP - len(report.missing)
+                title = f"mean of the {n_measured} measured of {N_DATACOMP} tasks"
+                rows[report.suite].append((name, title, "", 100 * report.main_score, "", ""))
+    columns = ("run", "data set", "figure", "%", "95 % interval", "images")
+    return [
+        Table(title=f"Suite {suite}", columns=columns, rows=tuple(suite_rows))
+        for suite, suite_rows in rows.items()
+    ]
 
 
 def _charts(records: Sequence[RunRecord]) -> tuple[Chart, ...]:
@@ -219,7 +286,9 @@ def _paths(records: Sequence[RunRecord]) -> dict[str, Path]:
 def _seen(record: RunRecord, spec: ReportSpec) -> bool:
     """Tell whether the run was trained, or its epoch chosen, on the reported split."""
     used = (record.splits.train or "train", record.splits.dev)
-    return spec.store is not None and record.data == spec.store.digest and spec.split in used
+    if spec.store is None or spec.split not in used:
+        return False
+    return bool(record.data) and record.data == spec.store.trained_digest(record.data)
 
 
 def _subtitle(records: Sequence[RunRecord]) -> str:
@@ -252,7 +321,8 @@ def _notes(records: Sequence[RunRecord], spec: ReportSpec) -> tuple[str, ...]:
         )
     elif isinstance(_media(spec), NoMedia):
         notes.append(
-            f"{spec.store.path} does not know where its images lie now; give --root for pictures."
+            f"{spec.store.path} does not know where its images lie now; give --root or "
+            "--source for pictures."
         )
     if len({(record.data, record.splits) for record in records}) > 1 and spec.split is None:
         notes.append(

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from apecache.arguments import AnyPath, as_path, require_spec
-from apecache.data.media import Media, media_at
+from apecache.data.media import Media
+from apecache.data.recorded import recorded_media
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import MissingExtraError, OptionError
 from apecache.report.search_page import SearchPage
@@ -112,7 +113,9 @@ def _app(spec: ServeSpec) -> Any:
             out=folder,
             run=run,
         )
-    media = spec.media or media_at(str(index.description.get("place", "")))
+    # An index of an earlier version has recorded only the folder of the images.
+    former = {"root": index.description.get("place", "")}
+    media = spec.media or recorded_media(index.description.get("source", former))
     page = SearchPage(index, media)
     page.warm()
     return search_app(page, [spec.host], spec.expose)

@@ -225,10 +225,10 @@ def _importance(sweep: _SweepRecord) -> tuple[Table | None, str]:
     try:
         shares = importances(sweep.space, points, scores)
     except MissingExtraError as error:
-        return None, f"How much each setting mattered is not told: {error}"
+        return None, f"How much each setting mattered is not known: {error}"
     if not shares:
         too_few = (
-            f"How much each setting mattered is not told: {n_done} whole trials, at least "
+            f"How much each setting mattered is not known: {n_done} whole trials, at least "
             f"{FEWEST} are needed."
         )
         return None, too_few if n_done < FEWEST else ""

@@ -6,7 +6,9 @@ rebinding) is refused.
 """
 
 import ipaddress
+import json
 from collections.abc import Iterable
+from importlib.metadata import version
 from urllib.parse import urlencode
 
 from starlette.applications import Starlette
@@ -14,10 +16,20 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from apecache.report.api import (
+    EMBED_PATH,
+    MOST_EMBEDDED,
+    OPENAPI_PATH,
+    SEARCH_PATH,
+    SearchApi,
+    openapi,
+    parse_embed,
+    parse_search,
+)
 from apecache.report.page import environment
 from apecache.report.search_page import PageError, SearchPage, SearchRequest, parse
 
@@ -72,7 +84,7 @@ def search_app(page: SearchPage, names: Iterable[str] = (), remote: bool = False
     async def style(_: Request) -> Response:
         return Response(stylesheet(), media_type="text/css")
 
-    def failed(_: Request, error: Exception) -> Response:
+    def failed(request: Request, error: Exception) -> Response:
         status = 500
         message = "Something went wrong here; the terminal of apecache serve says what."
         if isinstance(error, PageError):
@@ -81,6 +93,8 @@ def search_app(page: SearchPage, names: Iterable[str] = (), remote: bool = False
         elif isinstance(error, HTTPException):
             status = error.status_code
             message = f"{error.detail}."
+        if request.url.path.startswith("/api/"):
+            return JSONResponse({"error": message}, status)
         return HTMLResponse(page.render(SearchRequest(), None, message), status)
 
     routes = [
@@ -88,9 +102,58 @@ def search_app(page: SearchPage, names: Iterable[str] = (), remote: bool = False
         Route("/search", search, methods=["POST"], max_body_size=MOST_BYTES),
         Route("/image/{row:int}", picture, methods=["GET"]),
         Route("/style.css", style, methods=["GET"]),
+        *api_routes(SearchApi(page)),
     ]
     handlers = {PageError: failed, HTTPException: failed, Exception: failed}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), names, remote)
+
+
+def api_routes(api: SearchApi) -> list[Route]:
+    """Return the routes of the JSON interface."""
+
+    async def search(request: Request) -> Response:
+        value, pictures = await _sent(request)
+        if len(pictures) > 1:
+            raise PageError(400, "Send one image at most.")
+        picture = pictures[0] if pictures else b""
+        query = parse_search(value)
+        return JSONResponse(await run_in_threadpool(lambda: api.search(query, picture)))
+
+    async def embed(request: Request) -> Response:
+        value, pictures = await _sent(request)
+        wanted = parse_embed(value)
+        return JSONResponse(await run_in_threadpool(lambda: api.embed(wanted, pictures)))
+
+    async def described(_: Request) -> Response:
+        return JSONResponse(openapi(version("apecache")))
+
+    return [
+        Route(SEARCH_PATH, search, methods=["POST"], max_body_size=MOST_BYTES),
+        Route(EMBED_PATH, embed, methods=["POST"], max_body_size=MOST_BYTES),
+        Route(OPENAPI_PATH, described, methods=["GET"]),
+    ]
+
+
+async def _sent(request: Request) -> tuple[object, list[bytes]]:
+    """Return the JSON and the images of a request, which is JSON or a form with a field `json`.
+
+    Raises:
+        PageError: not JSON.
+    """
+    pictures: list[bytes] = []
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        async with request.form(max_files=MOST_EMBEDDED, max_fields=FIELDS) as form:
+            text = form.get("json")
+            for sent in form.getlist("image"):
+                if isinstance(sent, UploadFile):
+                    pictures.append(await sent.read())
+        raw: str | bytes = text if isinstance(text, str) else "{}"
+    else:
+        raw = await request.body()
+    try:
+        return json.loads(raw), pictures
+    except (ValueError, RecursionError):
+        raise PageError(400, "The request is not JSON.") from None
 
 
 async def _answered(page: SearchPage, fields: dict[str, list[str]], picture: bytes) -> Response:

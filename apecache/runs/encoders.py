@@ -114,6 +114,8 @@ class TrainedEncoders:
     """Description that the run wrote of itself."""
     digest: str
     """Identity of the encoders, the recipe and the trained weights."""
+    bias: float | None = None
+    """Added to the logits by the sigmoid loss; None: no bias."""
 
 
 def load_encoders(
@@ -171,6 +173,7 @@ def load_encoders(
         scale=model.temperature.scale().item(),
         training=description,
         digest=_digest(description, tensors),
+        bias=model.temperature.bias_value(),
     )
 
 

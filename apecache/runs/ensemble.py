@@ -13,7 +13,7 @@ from apecache.runs.heads import TrainedHeads, TrainedSide
 def ensemble_heads(runs: Sequence[TrainedHeads]) -> TrainedHeads:
     """Return one pair of heads whose cosines are the mean of the runs' cosines.
 
-    Its scale is the mean of their scales.
+    Its scale is the mean of their scales. It has a bias, the mean of theirs, if all have one.
 
     Raises:
         OptionError: There are fewer than two runs.
@@ -38,10 +38,12 @@ def ensemble_heads(runs: Sequence[TrainedHeads]) -> TrainedHeads:
         if all(training.get(key) == first.get(key) for training in trainings):
             combined[key] = first.get(key)
     combined["combined"] = trainings
+    biases = [run.bias for run in runs if run.bias is not None]
     return TrainedHeads(
         image=image,
         text=text,
         scale=fmean(run.scale for run in runs),
+        bias=fmean(biases) if len(biases) == len(runs) else None,
         training=combined,
     )
 

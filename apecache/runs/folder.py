@@ -17,7 +17,7 @@ from apecache.runs.checkpoint import CHECKPOINT
 from apecache.runs.heads import DESCRIPTION, WEIGHTS
 from apecache.runs.ledger import LEDGER
 from apecache.runs.model_card import CARD
-from apecache.storage.replace import scratch_of
+from apecache.storage.replace import replace_text, scratch_of
 
 HISTORY = "history.jsonl"
 RECIPE = "recipe.json"
@@ -49,8 +49,8 @@ def require_usable(out: Path, overwrite: bool, files: tuple[str, str] = HEAD_FIL
     is_run_folder = out.is_dir() and names <= run_files | scratch_files
     # A checkpoint beside a description: the fit was killed before it removed the checkpoint.
     is_unfinished = is_run_folder and (CHECKPOINT in names or description not in names)
-    if not is_unfinished and not (overwrite and is_finished):
-        require_new(out, "run folder", overwrite)
+    if not is_unfinished:
+        require_new(out, what="run folder", overwrite=overwrite, holds_another=is_finished)
 
 
 @contextmanager
@@ -82,13 +82,13 @@ def clear_folder(out: Path, recipe: Recipe) -> None:
     for path in out.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     text = json.dumps(recipe.model_dump(), indent=1, ensure_ascii=False)
-    (out / RECIPE).write_text(text, encoding="utf-8")
+    replace_text(out / RECIPE, text)
 
 
 def write_history(run: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Replace a run's history: JSON lines, one for each evaluation."""
     text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-    (run / HISTORY).write_text(text, encoding="utf-8")
+    replace_text(run / HISTORY, text)
 
 
 def add_to_history(run: Path, line: dict[str, Any]) -> None:
@@ -138,6 +138,8 @@ def history_line(
             "text_to_image": {str(k): value for k, value in dev.text_to_image.items()},
             "mean_recall": dev.mean_recall,
             "chance": dev.mean_chance,
+            # Only where it chooses the epoch in place of the mean recall.
+            **({} if dev.map_at_r is None else {"map_at_r": dev.map_at_r}),
         },
         "seconds": seconds,
     }

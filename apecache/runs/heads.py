@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apecache.arguments import AnyPath, as_path, require_type
-from apecache.errors import MismatchError, RunError, nearest_sibling, raise_if_refused
+from apecache.errors import MismatchError, RecipeError, RunError, nearest_sibling, raise_if_refused
 from apecache.fingerprint import (
     Fingerprint,
     Json,
@@ -88,6 +88,8 @@ class TrainedHeads:
     """Scale of the logits: 1 / temperature."""
     training: Mapping[str, Json] = field(default_factory=dict)
     """Recipe, seed, splits, data and dev recalls of the training."""
+    bias: float | None = None
+    """Added to the logits by the sigmoid loss; None: no bias."""
 
     @property
     def digest(self) -> str:
@@ -102,6 +104,7 @@ class TrainedHeads:
             for name, tensor in on_cpu
         )
         identity = {"sides": descriptions, "weights": weights, "scale": self.scale}
+        identity |= _bias_entry(self)
         return Fingerprint(fields=with_former_keys(identity)).digest
 
 
@@ -116,6 +119,7 @@ def save_heads(heads: TrainedHeads, folder: AnyPath) -> None:
         "image": _describe(heads.image),
         "text": _describe(heads.text),
         "scale": heads.scale,
+        **_bias_entry(heads),
         "training": heads.training,
     }
     replace_text(
@@ -149,7 +153,7 @@ def load_heads(folder: AnyPath, device: torch.device | str = "cpu") -> TrainedHe
             )
         sides = {side: HeadSpec.model_validate(value[side]["head"]) for side in ("image", "text")}
         if not all(type(value[side]["dim"]) is int and value[side]["dim"] > 0 for side in sides):
-            raise ValueError("dim is no width")
+            raise ValueError("dim is not a width")
         with torch.device("meta"):  # nothing is allocated for widths that the file only claims
             image, text = build_heads(
                 sides["image"],
@@ -162,16 +166,22 @@ def load_heads(folder: AnyPath, device: torch.device | str = "cpu") -> TrainedHe
             text=_side(text, value["text"]),
             scale=float(value["scale"]),
             training=value["training"],
+            bias=None if value.get("bias") is None else float(value["bias"]),
         )
     except (KeyError, TypeError, ValueError, ValidationError, RuntimeError, OverflowError) as error:
-        # The RunError of a newer format is itself a ValueError: do not report it as damage.
-        if isinstance(error, RunError):
+        # A newer format and a head that is not registered are no damage. They are ValueErrors too.
+        if isinstance(error, RunError | RecipeError):
             raise
         raise RunError(f"{path} is damaged: {str(error).splitlines()[0]}; train again") from None
     _load_weights(heads, folder / WEIGHTS)
     for side in (heads.image, heads.text):
         side.head.to(device).eval().requires_grad_(False)
     return heads
+
+
+def _bias_entry(heads: TrainedHeads) -> dict[str, Json]:
+    """Return the bias for the description. Heads without one keep the digest that they had."""
+    return {} if heads.bias is None else {"bias": heads.bias}
 
 
 def _side(head: Head, value: Mapping[str, Json]) -> TrainedSide:
@@ -203,8 +213,11 @@ def _tensors(heads: TrainedHeads) -> dict[str, Tensor]:
 
 
 def _load_weights(heads: TrainedHeads, path: Path) -> None:
-    """Load the weights. Raises RunError unless the file holds exactly the heads' tensors, all
-    finite."""
+    """Load the weights of the heads.
+
+    Raises:
+        RunError: The file does not hold exactly the heads' tensors, all finite.
+    """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

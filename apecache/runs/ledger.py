@@ -12,6 +12,7 @@ import torch
 
 from apecache.device import is_accelerator
 from apecache.errors import RunError, raise_if_refused
+from apecache.storage.replace import replace_text
 from apecache.store.array import FeatureArray
 from apecache.store.layout import chunk_name
 
@@ -78,7 +79,7 @@ class Ledger:
 def save_ledger(ledger: Ledger, run: Path) -> None:
     """Write the ledger into a run folder."""
     text = json.dumps(asdict(ledger), indent=1, allow_nan=False)
-    (run / LEDGER).write_text(text + "\n", encoding="utf-8")
+    replace_text(run / LEDGER, text + "\n")
 
 
 def load_ledger(run: Path) -> Ledger | None:
@@ -197,7 +198,7 @@ def read_extraction(
         raise_if_refused(path)
         why = str(error).splitlines()[0]
         raise RunError(
-            f"{path} is no report of extract ({why}); write one with: apecache extract --json"
+            f"{path} is not a report of extract ({why}); write one with: apecache extract --json"
         ) from None
     if len(seconds_and_rows) < 2:
         return None

@@ -15,10 +15,12 @@ from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import RunError, require_local
 from apecache.fingerprint import Fingerprint, Modality
+from apecache.heads.normalization import normalize
 from apecache.runs import encoders as trained_encoders
 from apecache.runs import heads as checkpoint
 from apecache.runs.encoders import TrainedEncoders, TrainedTower, load_encoders
 from apecache.runs.heads import TrainedHeads, TrainedSide, load_heads
+from apecache.store.import_identity import NORMALIZED
 
 Run = TrainedHeads | TrainedEncoders
 RunSide = TrainedSide | TrainedTower
@@ -136,12 +138,12 @@ def image_embedder(side: RunSide, device: str = "auto", moved: EncoderSpec | Non
     if isinstance(side, TrainedTower):
         return side.embed
     encoder = load_image_encoder(moved or spec_from_json(side.encoder), device)
-    side.require_encoder(encoder.fingerprint, f"image encoder {encoder.spec}")
+    prepare = _prepared_by(side, encoder.fingerprint, f"image encoder {encoder.spec}")
 
     def embed(images: Sequence[Image.Image]) -> Tensor:
         pixels = torch.stack([encoder.preprocess(image) for image in images])
         features = encoder.encode(pixels)
-        return side.embed(features)
+        return side.embed(prepare(features))
 
     return embed
 
@@ -151,7 +153,7 @@ def text_embedder(side: RunSide, device: str = "auto", moved: EncoderSpec | None
     if isinstance(side, TrainedTower):
         return side.embed
     encoder = load_text_encoder(moved or spec_from_json(side.encoder), device)
-    side.require_encoder(encoder.fingerprint, f"text encoder {encoder.spec}")
+    prepare = _prepared_by(side, encoder.fingerprint, f"text encoder {encoder.spec}")
 
     def embed(texts: Sequence[str]) -> Tensor:
         embedded_batches = [embed_batch(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
@@ -161,9 +163,30 @@ def text_embedder(side: RunSide, device: str = "auto", moved: EncoderSpec | None
 
     def embed_batch(texts: Sequence[str]) -> Tensor:
         ids = encoder.tokenize(texts).ids
-        features = encoder.encode_ids(ids)
+        features = prepare(encoder.encode_ids(ids))
         # Features of tokens are padded to the longest text: the head needs to know where each ends.
         lengths = torch.tensor([len(row) for row in ids]) if features.ndim == 3 else None
         return side.embed(features, lengths)
 
     return embed
+
+
+def _prepared_by(
+    side: TrainedSide,
+    found: Fingerprint,
+    where: str,
+) -> Callable[[Tensor], Tensor]:
+    """Return what is done with live features before the head: nothing, or normalization.
+
+    Imported features may have been normalized by the tool that wrote them; the head learned from
+    such ones.
+
+    Raises:
+        MismatchError: The encoder is not the one that the head was trained on.
+    """
+    if NORMALIZED not in side.fingerprint.fields:
+        side.require_encoder(found, where)
+        return lambda features: features
+    normalized_fields = {**found.fields, NORMALIZED: True}
+    side.require_encoder(Fingerprint(fields=normalized_fields), where)
+    return normalize

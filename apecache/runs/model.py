@@ -17,8 +17,10 @@ from apecache.data.images import PICTURES, Picture, open_readable, require_pictu
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError
 from apecache.extraction.encode import caption_error
+from apecache.runs.bundle import bundled_encoders
 from apecache.runs.load import BATCH, Embed, Run, image_embedder, load_run, text_embedder
 from apecache.runs.remote import fetched_run
+from apecache.storage.bucket import is_object_url
 
 Embeddings = NDArray[np.float32]
 Item = TypeVar("Item")
@@ -49,6 +51,11 @@ class ImageTextModel:
     def scale(self) -> float:
         """Factor of the cosines before a softmax: 1 / the learned temperature."""
         return self.run.scale
+
+    @property
+    def bias(self) -> float:
+        """Added to the scaled cosines by the sigmoid loss; 0 for other losses."""
+        return self.run.bias or 0.0
 
     def encode_image(self, images: Iterable[Picture]) -> Embeddings:
         """Embed pictures, in the order given.
@@ -91,8 +98,12 @@ class ImageTextModel:
         return np.concatenate([np.empty((0, self.dim), np.float32), *embedded_batches])
 
     def similarity(self, image: Embeddings, text: Embeddings) -> Embeddings:
-        """Return the logits of training, float32 [n_images, n_texts]: cosines times `scale`."""
-        scores: Embeddings = (self.scale * (image @ text.T)).astype(np.float32)
+        """Return the logits of training: cosines times `scale`, plus `bias`.
+
+        Returns:
+            float32 [n_images, n_texts].
+        """
+        scores: Embeddings = (self.scale * (image @ text.T) + self.bias).astype(np.float32)
         return scores
 
     @cached_property
@@ -115,7 +126,8 @@ def load(
     Encoders whose towers were trained are loaded here, others when they are first needed.
 
     Args:
-        run: Folder of the run, or its URL on object storage.
+        run: Folder of the run or bundle, its URL on object storage, or `hf://ORG/NAME` on the
+            Hugging Face hub, with `@REVISION` if it is not the newest.
         image: Image encoder at its new place, if it has moved.
         text: Text encoder at its new place, if it has moved.
         device: Device of the encoders and heads.
@@ -129,13 +141,25 @@ def load(
     require_type(image, EncoderSpec, "image", optional=True)
     require_type(text, EncoderSpec, "text", optional=True)
     # All weights are read here: a copy that was fetched is removed at the end of the block.
-    with fetched_run(as_place(run, "run")) as folder:
-        return ImageTextModel(
-            run=load_run(folder, device=device, image=image, text=text),
-            image=image,
-            text=text,
+    place = as_place(run, "run")
+    with fetched_run(place) as folder:
+        bundled_image, bundled_text = bundled_encoders(folder)
+        model = ImageTextModel(
+            run=load_run(
+                folder,
+                device=device,
+                image=image or bundled_image,
+                text=text or bundled_text,
+            ),
+            image=image or bundled_image,
+            text=text or bundled_text,
             device=device,
         )
+        if is_object_url(place) and (bundled_image or bundled_text):
+            # The encoders lie in the copy that is removed below.
+            model.encode_text(["a"])
+            model.encode_image([Image.new("RGB", (32, 32))])
+        return model
 
 
 def _listed(images: Iterable[Picture]) -> Iterable[Picture]:

@@ -21,6 +21,7 @@ from apecache.recipes.recipe import Recipe
 from apecache.runs.card_metadata import front_matter, one_printable_line
 from apecache.runs.heads import TrainedHeads, TrainedSide
 from apecache.runs.ledger import Ledger
+from apecache.storage.replace import replace_text
 
 CARD = "README.md"
 UNKNOWN = "not stated"
@@ -85,7 +86,7 @@ def save_card(
         run: Run folder.
     """
     card = model_card(heads, recipe=recipe, dev=dev, ledger=ledger, origin=origin)
-    (run / CARD).write_text(card, encoding="utf-8")
+    replace_text(run / CARD, card)
 
 
 def save_encoder_card(
@@ -98,7 +99,7 @@ def save_encoder_card(
 ) -> None:
     """Write the card of a run of fit-encoder, as `save_card` does. `about` is its description."""
     card = encoder_card(about, recipe=recipe, dev=dev, ledger=ledger, origin=origin)
-    (run / CARD).write_text(card, encoding="utf-8")
+    replace_text(run / CARD, card)
 
 
 def model_card(
@@ -291,8 +292,10 @@ def _head_side(side: TrainedSide) -> list[Row]:
 
 
 def _tower_side(side: Mapping[str, Json], head: str, recipe: Recipe) -> list[Row]:
-    """Return the rows on an encoder of a run of fit-encoder, with its fingerprint before
-    training."""
+    """Return the rows on an encoder of a run of fit-encoder.
+
+    They have the encoder's fingerprint before training.
+    """
     return [
         ("encoder", public_name(spec_from_json(side["encoder"]))),
         ("fingerprint", Fingerprint(fields=side["fingerprint"]).digest),
@@ -337,9 +340,20 @@ def _measured(dev: RetrievalReport) -> list[str]:
     title = f"dev, {counted(dev.n_images, 'image')}, {counted(dev.n_texts, 'caption')}"
     return [
         *_table((title, "recall, %"), rows),
-        "The epoch was chosen on these images: they are no measure of generalization.",
+        _chosen_by(dev),
         "",
     ]
+
+
+def _chosen_by(dev: RetrievalReport) -> str:
+    """Say on what the epoch was chosen, and by which figure."""
+    sentence = "The epoch was chosen on these images: they are no measure of generalization."
+    if dev.map_at_r is None:
+        return sentence
+    return (
+        f"{sentence} Few of their captions differ, so it was chosen by mAP@R "
+        f"({dev.map_at_r:.1f} %) in place of the mean recall."
+    ).replace("@", "\\@")
 
 
 def _warnings(ledger: Ledger) -> list[str]:

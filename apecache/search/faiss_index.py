@@ -1,9 +1,11 @@
 """Build, measure, search and store FAISS indexes of L2-normalized vectors by inner product.
 
-A kind is `flat` (exact), `ivf` (inverted lists), `hnsw` (a graph), or a FAISS factory string:
-`IVF256,PQ32`, `SQ8`, …. Sizes depend on the number of vectors n:
+A kind is `flat` (exact), `ivf` (inverted lists), `hnsw` (a graph), `int8` or `binary` (codes), or a
+FAISS factory string: `IVF256,PQ32`, …. Sizes depend on the number of vectors n:
 - `ivf`: the largest power of two up to 2 sqrt(n) lists, with at least 39 vectors each, as FAISS
   requires. At 100,000 vectors that is 512 lists. A search reads 1 list in 16, but at least 8.
+- `int8`: one byte for each value. `binary`: one bit for each value; the 10 k best are ranked
+  again by int8 values.
 - `hnsw`: 32 links, and 64 candidates in a search, or 128 from a million vectors on.
 FAISS samples the vectors for training, with a fixed seed.
 """
@@ -19,7 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from apecache.device import float32_products
 from apecache.errors import DataError, MissingExtraError, OptionError, RunError, raise_if_refused
 
 PER_CENTROID = 39
@@ -29,6 +33,8 @@ QUERIES = 1000
 """Queries of a measurement, at most."""
 TOP = 10
 """Neighbors of a measurement."""
+REFINED = 10
+"""Candidates per result that a kind with `Refine` ranks again."""
 TILE = 16384
 """Vectors that are compared with all queries at a time."""
 MMAP_BYTES = 1 << 28
@@ -65,6 +71,8 @@ class VectorIndex:
     """The FAISS index."""
     on_gpu: Any = None
     """The same index on a GPU, for searches only."""
+    on_device: Tensor | None = None
+    """The vectors of an exact index on an accelerator, for searches only."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,11 +96,43 @@ class VectorIndex:
             no_rows = np.empty((len(queries), 0), np.int64)
             return no_scores, no_rows
         # Torch's product is faster than FAISS's exact search on some processors.
-        if self.factory == "Flat" and self.on_gpu is None:
-            return exact_search(self._flat, queries, k)
+        if self.factory == "Flat":
+            vectors = self._flat if self.on_device is None else self.on_device
+            return exact_search(vectors, queries, k)
         searched = self.index if self.on_gpu is None else self.on_gpu
         scores, rows = searched.search(np.ascontiguousarray(queries), k)
         return scores, rows
+
+    def search_among(
+        self,
+        rows: NDArray[np.int64],
+        queries: Floats,
+        k: int,
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        """Find the k nearest vectors of each query among some rows, exactly.
+
+        Args:
+            rows: rows of the index, rising.
+            queries: [n, dim], L2-normalized.
+            k: results of each query.
+
+        Returns:
+            As `search` returns; fewer than k columns where there are fewer rows.
+
+        Raises:
+            OptionError: a kind that cannot give its vectors back.
+        """
+        best = np.empty((len(queries), 0), np.float32)
+        best_rows = np.empty((len(queries), 0), np.int64)
+        # Tile by tile: all vectors of a large index would not fit in memory a second time.
+        for begin in range(0, len(rows), TILE):
+            tile_rows = rows[begin : begin + TILE]
+            stored = self._flat[tile_rows] if self.factory == "Flat" else self.vectors(tile_rows)
+            scores, found = exact_search(stored, queries, min(k, len(tile_rows)))
+            best = np.concatenate((best, scores), axis=1)
+            best_rows = np.concatenate((best_rows, tile_rows[found]), axis=1)
+        order = np.argsort(-best, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(best, order, 1), np.take_along_axis(best_rows, order, 1)
 
     @property
     def _flat(self) -> Floats:
@@ -166,14 +206,17 @@ class VectorIndex:
             graph.efSearch = ef_search
 
     def to_gpu(self, device: torch.device) -> "VectorIndex":
-        """Return this index with searches on a GPU, for exact indexes and inverted lists.
+        """Return this index with searches on a GPU.
 
-        This follows FAISS's documentation. It was not measured.
+        An exact index is searched by torch. Inverted lists need a FAISS with GPU code, which was
+        not tried.
 
         Raises:
             DataError: this FAISS has no GPU code, or sees no GPU.
             OptionError: a kind that FAISS does not support on a GPU.
         """
+        if self.factory == "Flat":
+            return replace(self, on_device=torch.from_numpy(self._flat).to(device))
         faiss = load_faiss()
         if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
             raise DataError(
@@ -225,11 +268,14 @@ def build_vectors(kind: str, vectors: Floats) -> tuple[VectorIndex, KindReport]:
         index.train(vectors)
         index.add(vectors)
     except RuntimeError as error:
-        expected = "flat, ivf, hnsw or a FAISS factory string like IVF256,PQ32"
+        expected = "flat, ivf, hnsw, int8, binary or a FAISS factory string like IVF256,PQ32"
         raise OptionError(
             f"--kind {kind}: FAISS refuses {factory} ({_why(error)}); expected {expected}"
         ) from None
     built = VectorIndex(factory=factory, index=index)
+    # Codes of one bit are coarse: more candidates are ranked again than are asked for.
+    if hasattr(index, "k_factor"):
+        index.k_factor = REFINED
     nprobe, ef_search = _defaults(index, len(vectors))
     built.tune(nprobe, ef_search)
     return built, KindReport(
@@ -244,27 +290,31 @@ def measured(
     built: VectorIndex,
     vectors: Floats,
     queries: Floats,
+    dim: int | None = None,
 ) -> KindReport:
     """Measure recall and times of an index, and add them to its report.
 
-    The report stays unchanged for an exact index, and without queries. A vector that scores as high
-    as the tenth nearest counts as found, because equal captions score alike.
+    The report stays unchanged for an exact index of whole vectors, and without queries. A vector
+    that scores as high as the tenth nearest counts as found, because equal captions score alike.
 
     Args:
         report: how the index was built.
         built: the index.
-        vectors: [n, dim], the vectors in it.
-        queries: [m, dim]; up to 1,000 of them are drawn, with a fixed seed.
+        vectors: [n, full_dim], the whole vectors.
+        queries: [m, full_dim]; up to 1,000 of them are drawn, with a fixed seed.
+        dim: values of a vector in the index; None: all.
     """
-    if built.factory == "Flat" or not len(queries):
+    is_whole = dim is None or dim == vectors.shape[1]
+    if (built.factory == "Flat" and is_whole) or not len(queries):
         return report
     sample = np.sort(np.random.default_rng(SEED).permutation(len(queries))[:QUERIES])
     queries = np.ascontiguousarray(queries[sample])
     k = min(TOP, len(vectors))
+    short_queries = queries if dim is None else shortened(queries, dim)
     # The first search pays for start-up, so it is not timed.
-    built.search(queries[:1], k)
+    built.search(short_queries[:1], k)
     begin = time.perf_counter()
-    _, found_rows = built.search(queries, k)
+    _, found_rows = built.search(short_queries, k)
     middle = time.perf_counter()
     best, _ = exact_search(vectors, queries, k)
     end = time.perf_counter()
@@ -277,35 +327,50 @@ def measured(
     )
 
 
-def exact_search(vectors: Floats, queries: Floats, k: int) -> tuple[Floats, NDArray[np.int64]]:
+def shortened(vectors: Floats, dim: int) -> Floats:
+    """Return the first `dim` values of each vector, L2-normalized again."""
+    cut = vectors[:, :dim]
+    norms = np.linalg.norm(cut, axis=1, keepdims=True)
+    return np.ascontiguousarray(cut / np.maximum(norms, 1e-12), dtype=np.float32)
+
+
+def exact_search(
+    vectors: Floats | Tensor,
+    queries: Floats,
+    k: int,
+) -> tuple[Floats, NDArray[np.int64]]:
     """Find the k nearest vectors of each query by inner product, exactly.
 
     This is Torch's matrix product by tiles of vectors. Memory is that of a tile.
 
     Args:
-        vectors: [n, dim].
+        vectors: [n, dim], as a tensor on the device that computes.
         queries: [n_queries, dim].
         k: results of each query; at most n.
 
     Returns:
         Scores and rows, [n_queries, k] each, best first.
     """
-    query_vectors = torch.from_numpy(np.ascontiguousarray(queries))
+    all_vectors = vectors if isinstance(vectors, Tensor) else torch.from_numpy(vectors)
+    device = all_vectors.device
+    query_vectors = torch.from_numpy(np.ascontiguousarray(queries)).to(device)
     n_queries = len(query_vectors)
-    best = torch.empty(n_queries, 0)
-    rows = torch.empty(n_queries, 0, dtype=torch.long)
+    best = torch.empty(n_queries, 0, device=device)
+    rows = torch.empty(n_queries, 0, dtype=torch.long, device=device)
     # One buffer for the scores of all tiles: a new one for each would cost page faults.
-    buffer = torch.empty(n_queries * min(TILE, len(vectors)))
-    for begin in range(0, len(vectors), TILE):
-        tile = torch.from_numpy(vectors[begin : begin + TILE])
+    buffer = torch.empty(n_queries * min(TILE, len(all_vectors)), device=device)
+    for begin in range(0, len(all_vectors), TILE):
+        tile = all_vectors[begin : begin + TILE]
         scores = buffer[: n_queries * len(tile)].view(n_queries, len(tile))
-        torch.mm(query_vectors, tile.T, out=scores)
+        # Not in TF32: near neighbors differ by less than its rounding.
+        with float32_products(device, tf32=False):
+            torch.mm(query_vectors, tile.T, out=scores)
         tile_best = scores.topk(min(k, scores.shape[1]), dim=1)
         candidates = torch.cat((best, tile_best.values), 1)
         candidate_rows = torch.cat((rows, tile_best.indices + begin), 1)
         best, order = candidates.topk(min(k, candidates.shape[1]), dim=1)
         rows = candidate_rows.gather(1, order)
-    return best.numpy(), rows.numpy()
+    return best.cpu().numpy(), rows.cpu().numpy()
 
 
 def recall(queries: Floats, vectors: Floats, found: NDArray[np.int64], best: Floats) -> float:
@@ -353,6 +418,10 @@ def factory_of(kind: str, n: int) -> str:
             return "Flat"
         case "hnsw":
             return "HNSW32"
+        case "int8":
+            return "SQ8"
+        case "binary":
+            return "RaBitQ,Refine(SQ8)"
         case "ivf":
             max_lists = min(2 * math.sqrt(n), n / PER_CENTROID)
             return f"IVF{2 ** int(math.log2(max(max_lists, 16)))},Flat"

@@ -35,6 +35,7 @@ from apecache.evaluate.embeddings import Embeddings, OpenImage, embed_store, fin
 from apecache.evaluate.left_out import LeftOut
 from apecache.runs.heads import TrainedSide
 from apecache.runs.load import Run, copy_run, load_run
+from apecache.search.calibrate import nothing_found_score
 from apecache.search.faiss_index import (
     Floats,
     KindReport,
@@ -43,7 +44,9 @@ from apecache.search.faiss_index import (
     load_faiss,
     measured,
     open_vectors,
+    shortened,
 )
+from apecache.storage.replace import replace_text
 from apecache.store.reader import FeatureStore
 from apecache.store.table import PairTable
 
@@ -53,6 +56,17 @@ PARTS: tuple[Part, ...] = ("images", "texts")
 Row = Mapping[str, str]
 Fill = Callable[[Part, Floats, Sequence[Row]], tuple[VectorIndex, KindReport]]
 """Builds the index of one modality from its vectors and their rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexSettings:
+    """Say what of a store is in an index, and in which form."""
+
+    split: str | None
+    """Only this one; None: all."""
+    kind: str
+    dim: int | None
+    """Values that are kept of each embedding; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +98,7 @@ def build_index(
     overwrite: bool = False,
     kind: str = "flat",
     open_image: OpenImage | None = None,
+    dim: int | None = None,
 ) -> IndexReport:
     """Embed a store's images and captions, and write an index folder, completely or not at all.
 
@@ -97,6 +112,7 @@ def build_index(
         overwrite: replace an index at `out`.
         kind: as in `apecache.search.faiss_index`.
         open_image: as `embed_store` takes it.
+        dim: keep the first values of each embedding, L2-normalized again. None: all.
 
     Raises:
         RunError: no finished run, or `out` exists.
@@ -111,9 +127,15 @@ def build_index(
     require_type(kind, str, "kind")
     # Checked before the embedding, which can take long.
     load_faiss()
-    if not ((out / "index.json").is_file() and overwrite):
-        require_new(out, "index", overwrite)
+    require_new(
+        out,
+        what="index",
+        overwrite=overwrite,
+        holds_another=(out / "index.json").is_file(),
+    )
     loaded = load_run(run)
+    if dim is not None and not 0 < dim <= loaded.image.dim:
+        raise OptionError(f"--dim {dim}: the embeddings have {loaded.image.dim}; give 1 to that")
     embedded = embed_store(
         loaded,
         store=store,
@@ -121,7 +143,7 @@ def build_index(
         open_image=open_image,
         uncaptioned=True,
     )
-    settings = (split, kind)
+    settings = IndexSettings(split=split, kind=kind, dim=dim)
     report = _write(
         out,
         run=run,
@@ -209,7 +231,11 @@ def update_index(
         loaded=loaded,
         store=store,
         embedded=embedded,
-        settings=(description.get("split"), kind_of(description)),
+        settings=IndexSettings(
+            split=description.get("split"),
+            kind=kind_of(description),
+            dim=description.get("dim"),
+        ),
         fill=fill,
     )
     return replace(report, n_added=added.total(), n_removed=removed.total())
@@ -221,15 +247,16 @@ def _write(
     loaded: Run,
     store: FeatureStore,
     embedded: Embeddings,
-    settings: tuple[str | None, str],
+    settings: "IndexSettings",
     fill: Fill,
 ) -> IndexReport:
-    """Write the folder of an index; `settings` are its split and kind."""
-    split, kind_name = settings
-    vectors: dict[Part, Floats] = {
+    """Write the folder of an index."""
+    full_vectors: dict[Part, Floats] = {
         "images": np.ascontiguousarray(embedded.image.cpu()),
         "texts": np.ascontiguousarray(embedded.text.cpu()),
     }
+    dim = settings.dim or embedded.image.shape[1]
+    vectors = {part: _kept(values, dim) for part, values in full_vectors.items()}
     image_rows, text_rows = _rows(store, loaded, embedded)
     rows: dict[Part, list[Row]] = {"images": image_rows, "texts": text_rows}
     reports: dict[Part, KindReport] = {}
@@ -241,36 +268,65 @@ def _write(
             reports[modality] = measured(
                 report,
                 built=index,
-                vectors=vectors[modality],
-                queries=vectors[other],
+                vectors=full_vectors[modality],
+                queries=full_vectors[other],
+                dim=dim,
             )
             index.save(folder / f"{modality}.faiss")
             _write_rows(folder / f"{modality}.jsonl", rows[modality])
         dimensions = {
             "n_images": len(rows["images"]),
             "n_texts": len(rows["texts"]),
-            "dim": embedded.image.shape[1],
+            "dim": dim,
         }
         description = {
             "format": FORMAT_VERSION,
             "head": loaded.digest,
-            "split": split,
+            "split": settings.split,
             "data": store.digest,
-            "kind": kind_name,
+            "kind": settings.kind,
+            "nothing_found": _thresholds(vectors, embedded),
             "place": store.source.get("root", ""),
+            "source": store.last_source,
             **dimensions,
             "built": {modality: asdict(report) for modality, report in reports.items()},
         }
-        (folder / "index.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+        replace_text(folder / "index.json", json.dumps(description, indent=1))
     return IndexReport(
         index=out,
         **dimensions,
-        kind=kind_name,
+        kind=settings.kind,
         images=reports["images"],
         texts=reports["texts"],
         n_added=0,
         left_out=embedded.left_out,
     )
+
+
+def _kept(vectors: Floats, dim: int) -> Floats:
+    """Return the values that the index keeps of each vector."""
+    return vectors if dim == vectors.shape[1] else shortened(vectors, dim)
+
+
+def _thresholds(vectors: Mapping[Part, Floats], embedded: Embeddings) -> dict[str, float | None]:
+    """Return the score below which the best result of each modality is no answer."""
+    owners = embedded.image_of_text.cpu().numpy()
+    # An image is its own owner, a caption belongs to its image.
+    images = np.arange(len(vectors["images"]))
+    return {
+        "images": nothing_found_score(
+            vectors["images"],
+            queries=vectors["texts"],
+            owner_of_query=owners,
+            owner_of_vector=images,
+        ),
+        "texts": nothing_found_score(
+            vectors["texts"],
+            queries=vectors["images"],
+            owner_of_query=images,
+            owner_of_vector=owners,
+        ),
+    }
 
 
 @contextmanager
@@ -307,14 +363,36 @@ def _rows(store: FeatureStore, run: Run, embedded: Embeddings) -> tuple[list[Row
     texts: list[Row] = []
     for text_row, image_row in zip(embedded.text_rows, owners, strict=True):
         first_text.setdefault(int(image_row), text_row)
-        texts.append({"key": pairs.keys[image_row], "caption": pairs.captions[text_row]})
+        language = str(pairs.languages[text_row])
+        texts.append(
+            {
+                "key": pairs.keys[image_row],
+                "caption": pairs.captions[text_row],
+                **_filled(_labels(pairs, image_row), language=language),
+            }
+        )
     images: list[Row] = []
     for image_row in embedded.image_rows:
         caption = _caption(pairs, first_text.get(int(image_row)))
         images.append(
-            {"key": pairs.keys[image_row], "caption": caption, "content": content[image_row]}
+            {
+                "key": pairs.keys[image_row],
+                "caption": caption,
+                "content": content[image_row],
+                **_filled(_labels(pairs, image_row)),
+            }
         )
     return images, texts
+
+
+def _labels(pairs: PairTable, image_row: int) -> dict[str, str]:
+    """Return split and label of an image."""
+    return {"split": str(pairs.splits[image_row]), "label": str(pairs.labels[image_row])}
+
+
+def _filled(fields: dict[str, str], **more: str) -> dict[str, str]:
+    """Return the fields that are not empty: most tables have no label and one language."""
+    return {name: value for name, value in {**fields, **more}.items() if value}
 
 
 def _caption(pairs: PairTable, row: int | None) -> str:

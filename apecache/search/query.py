@@ -13,15 +13,17 @@ from torch import Tensor
 
 from apecache.arguments import AnyPath, as_path, as_texts, require_integer, require_type, wrong_type
 from apecache.data.images import PICTURES, SUFFIXES, Picture, open_readable, require_picture
-from apecache.device import resolve_device
+from apecache.device import is_accelerator, resolve_device
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError, RunError, nearest
 from apecache.extraction.encode import caption_error
 from apecache.heads.normalization import normalize
 from apecache.metrics.csls import CSLS_NEIGHBORS
+from apecache.runs.bundle import bundled_encoders
 from apecache.runs.load import Embed, Run, image_embedder, load_run, text_embedder
 from apecache.search.faiss_index import Floats, VectorIndex, load_faiss, open_vectors
 from apecache.search.index import Part, read_description, read_report, read_rows
+from apecache.search.where import parse_where, rows_where
 
 Target = Literal["images", "captions"]
 CSLS_CANDIDATES = 1000
@@ -109,8 +111,8 @@ class SearchIndex:
     text: EncoderSpec | None = None
     """The text encoder, if it has moved."""
     device: str = "auto"
-    """Where queries are encoded. A named CUDA device also holds the vectors, if FAISS supports
-    it."""
+    """Where queries are encoded. A named CUDA device also holds the vectors: of an exact index
+    without more, of other kinds if FAISS has GPU code."""
     nprobe: int | None = None
     """See `VectorIndex.tune`. None: as the index was built."""
     ef_search: int | None = None
@@ -136,6 +138,9 @@ class SearchIndex:
         require_integer(ef_search, "ef_search", optional=True)
         folder = as_path(path, "path")
         description = read_description(folder)
+        bundled_image, bundled_text = bundled_encoders(folder)
+        image = image or bundled_image
+        text = text or bundled_text
         run = load_run(folder, device="cpu", image=image, text=text)
         if run.digest != description.get("head"):
             raise RunError(
@@ -181,6 +186,8 @@ class SearchIndex:
         k: int = 5,
         target: Target | None = None,
         csls: bool = False,
+        where: str | None = None,
+        min_score: float | None = None,
     ) -> list[Hit]:
         """Find the k nearest, best first.
 
@@ -195,6 +202,9 @@ class SearchIndex:
                 the query to its ten nearest. r(y) is that of a result to its ten nearest of the
                 query's modality in the index. Hubs, which are near to all vectors, then rank lower
                 (Conneau et al. 2018, Word translation without parallel data, section 2.3).
+            where: only rows that meet these conditions, as `apecache.search.where` parses them.
+                They are searched exactly, whatever the kind of the index.
+            min_score: only results that score as high. See `nothing_found`.
 
         Raises:
             OptionError: an empty query, terms that cancel out, a `k` below 1, a wrong type, or
@@ -208,10 +218,16 @@ class SearchIndex:
         modality = self._part(target or self.target_of(query))
         if csls:
             self._require_neighbors(query)
+        if csls and where is not None:
+            raise OptionError("--where and --csls exclude each other: leave one out")
         vector = self.embed(query).cpu().numpy()
         vectors, rows = self._opened(modality)
         n_candidates = max(k, CSLS_CANDIDATES) if csls else k
-        all_scores, all_rows = vectors.search(vector, n_candidates)
+        if where is None:
+            all_scores, all_rows = vectors.search(vector, n_candidates)
+        else:
+            matching = rows_where(parse_where(where), rows)
+            all_scores, all_rows = vectors.search_among(matching, vector, n_candidates)
         # One query, so one row of results. An approximate index fills it up with -1.
         is_found = all_rows[0] >= 0
         scores = all_scores[0][is_found]
@@ -226,6 +242,9 @@ class SearchIndex:
         hits = []
         results = zip(found_rows[:k].tolist(), scores[:k].tolist(), strict=True)
         for rank, (row_number, score) in enumerate(results, 1):
+            # The scores fall, so no later result is high enough.
+            if min_score is not None and score < min_score:
+                break
             row = rows[row_number]
             hits.append(Hit(rank=rank, key=row["key"], caption=row["caption"], score=score))
         return hits
@@ -243,6 +262,22 @@ class SearchIndex:
     def has_captions(self) -> bool:
         """Return whether the index holds captions."""
         return self.description.get("n_texts") != 0
+
+    def nothing_found(self, target: Target) -> float | None:
+        """Return the cosine that the best result stays below if the index has no answer.
+
+        95 % of the index's own captions (or images) have no wrong image (or caption) that scores
+        as high. The index measures this when it is built.
+
+        Args:
+            target: what is searched.
+
+        Returns:
+            The cosine; None for an index that was built without it, or with too few rows.
+        """
+        part = self._part(target)
+        value = (self.description.get("nothing_found") or {}).get(part)
+        return None if value is None else float(value)
 
     def _part(self, target: Target) -> Part:
         """Return the modality of the target, as the files of the index name it."""
@@ -279,9 +314,7 @@ class SearchIndex:
         total = torch.cat(terms).sum(0, keepdim=True)
         # Rounding errors have a direction too, so a sum near zero is not normalized.
         if float(total.norm()) < 1e-4:
-            raise OptionError(
-                "the terms of the query cancel out: what is like and what is unlike are the same"
-            )
+            raise OptionError("the terms of the query cancel out: `like` and `unlike` are the same")
         return normalize(total, dim=1)
 
     def _embed(self, text: str, path: Path | None) -> Tensor:
@@ -293,10 +326,16 @@ class SearchIndex:
         error = caption_error(text)
         if error is not None:
             raise OptionError(f"the query cannot be encoded: {error.detail}")
-        return self._embed_texts([text]).cpu()
+        return self._shortened(self._embed_texts([text]).cpu())
+
+    def _shortened(self, embedded: Tensor) -> Tensor:
+        """Return the values that the index keeps of an embedding, L2-normalized again."""
+        dim = int(self.description.get("dim", embedded.shape[1]))
+        return embedded if dim == embedded.shape[1] else normalize(embedded[:, :dim], dim=1)
 
     def _embed_picture(self, picture: Picture, name: str) -> Tensor:
-        return self._embed_images([open_readable(picture, name, "query image")]).cpu()
+        opened = open_readable(picture, name, "query image")
+        return self._shortened(self._embed_images([opened]).cpu())
 
     def _embed_key(self, key: str) -> Tensor:
         row = self.row_of_key.get(key)
@@ -358,7 +397,7 @@ class SearchIndex:
             )
         vectors.tune(self.nprobe, self.ef_search)
         # Only on request: not every FAISS has GPU code, and not every kind can be moved.
-        if self.device.startswith("cuda"):
+        if self.device != "auto" and is_accelerator(resolve_device(self.device)):
             vectors = vectors.to_gpu(resolve_device(self.device))
         return vectors, rows
 

@@ -106,7 +106,7 @@ def require_known_scheme(place: str | Path) -> None:
     if isinstance(place, str) and URL.match(place) and not is_object_url(place):
         schemes = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise StoreError(
-            f"{place.partition('://')[0]}:// is no place for a store; give a folder, or one "
+            f"{place.partition('://')[0]}:// cannot hold a store; give a folder, or a URL "
             f"of {schemes}"
         )
 
@@ -146,7 +146,7 @@ def open_bucket(url: str) -> tuple["Bucket", str]:
     except (obstore.exceptions.BaseError, ValueError, OSError):
         missing = f"give {SCHEMES[scheme].credentials} in the environment"
         raise StoreError(
-            f"{scheme}://{name}: what is known of it is not enough, or wrong; {missing}"
+            f"{scheme}://{name}: the location or the credentials are incomplete or wrong; {missing}"
         ) from None
     return Bucket(client, scheme, name), key
 
@@ -169,7 +169,7 @@ def split_url(url: str) -> tuple[str, str, str]:
     segments = [segment for segment in key.split("/") if segment]
     if not name or ".." in segments or "." in segments or "\0" in url:
         raise StoreError(
-            f"{scheme}:// URL without a bucket, or that leads out of it; expected "
+            f"{scheme}:// URL without a bucket, or with a path that leaves the bucket; expected "
             f"{scheme}://BUCKET/NAME"
         )
     return scheme, name, "/".join(segments)
@@ -314,7 +314,7 @@ class Bucket:
 
         self._put(key, lambda: obstore.put(self.client, key, data, use_multipart=False))
 
-    def create(self, key: str, data: bytes) -> bool:
+    def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write an object if there is none; return False if there is one of other bytes.
 
         The same bytes count as written by this call, because its first answer may have been lost
@@ -322,7 +322,7 @@ class Bucket:
         """
         import obstore
 
-        def create() -> bool:
+        def put() -> bool:
             try:
                 obstore.put(self.client, key, data, mode="create", use_multipart=False)
                 return True
@@ -333,7 +333,7 @@ class Bucket:
                     # S3 gives the same answer while a removal of the object is under way.
                     raise _UnsettledError from None
 
-        return self._put(key, create)
+        return self._put(key, put)
 
     def decides_creation(self, key: str) -> bool:
         """Return whether the storage refuses to create an object that exists.
@@ -342,7 +342,9 @@ class Bucket:
         """
         if self._decides is None:
             try:
-                self._decides = self.create(key, b"first") and not self.create(key, b"second")
+                self._decides = self.put_if_absent(key, b"first") and not self.put_if_absent(
+                    key, b"second"
+                )
                 self.remove([key])
             except _UnknownError:
                 self._decides = False

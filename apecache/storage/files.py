@@ -1,8 +1,8 @@
 """Define the few operations on files that a store needs.
 
-`storage.local` implements them on the files of a folder, `storage.object_files` on object storage.
-Everything a store holds goes through them: whole objects, written durably or not at all, and the
-put-if-absent that commits them. A name is a path relative to the store's root and uses `/`.
+`storage.local_files` implements them on the files of a folder, `storage.object_files` on object
+storage. Everything a store holds goes through them: whole objects, written durably or not at all,
+and the put-if-absent that commits them. A name is a path relative to the store's root and uses `/`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,7 +56,7 @@ class Files(Protocol):
     def write(self, name: str, *buffers: Buffer) -> None:
         """Write one object in place of the old one."""
 
-    def create(self, name: str, *buffers: Buffer) -> bool:
+    def put_if_absent(self, name: str, *buffers: Buffer) -> bool:
         """Write one object only if there is none.
 
         Returns:

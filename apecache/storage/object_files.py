@@ -81,10 +81,10 @@ class ObjectFiles:
     def write(self, name: str, *buffers: Buffer) -> None:
         self.bucket.write(self._key(name), b"".join(buffers))
 
-    def create(self, name: str, *buffers: Buffer) -> bool:
+    def put_if_absent(self, name: str, *buffers: Buffer) -> bool:
         data = b"".join(buffers)
         if not self.alone:
-            return self.bucket.create(self._key(name), data)
+            return self.bucket.put_if_absent(self._key(name), data)
         # Storage without put-if-absent: a look before the write is enough for a single writer.
         with contextlib.suppress(FileNotFoundError):
             return self.read(name) == data

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from apecache.storage.bucket import is_object_url, require_known_scheme
 from apecache.storage.files import Files
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 
 
 def open_files(place: str | Path, alone: bool = False) -> Files:

@@ -112,6 +112,49 @@ def undone_on_error(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a scratch folder, which takes the name `folder` once the block has ended.
+
+    After an error or a kill nothing has that name, so the same command can run again.
+
+    Args:
+        folder: must not exist, or be empty.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = scratch_of(folder)
+    _clear(scratch)
+    scratch.mkdir()
+    try:
+        yield scratch
+        # Some libraries make files that only the owner can read.
+        apply_umask(scratch)
+        for path in scratch.rglob("*"):
+            _make_durable(path)
+        _make_durable(scratch)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    _make_durable(folder.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Give the name of a scratch file, which takes the name `path` once the block has ended.
+
+    For writers that need a name and not bytes. After an error `path` is what it was before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = scratch_of(path)
+    try:
+        yield scratch
+        _make_durable(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    _make_durable(path.parent)
+
+
 def remove_tensors(path: Path) -> None:
     """Remove the file, and what a killed write of it left."""
     path.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -168,44 +168,63 @@ class FeatureArray:
                 array.load(buffer, threads)
         return target
 
-    def load_shards(self, threads: int | None = None) -> Iterator[tuple[int, NDArray[Any]]]:
+    def load_shards(
+        self,
+        threads: int | None = None,
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         """Read all rows shard by shard, some shards ahead and in parallel.
 
         Args:
             threads: Number of parallel reads; None for as many as are worth it where the store is.
 
         Yields:
-            The first row of a shard, and its rows [n, *row_shape] as `load` gives them.
+            Rows of the array, int64 [n], and their features [n, *row_shape] as `load` gives them.
 
         Raises:
             IncompleteError, DamagedError: As `load` does.
         """
-        commits = self._sealed
-        self._require_sizes(commits)
+        for shard, features in self._read_ahead(self.stored_shards(), threads):
+            yield np.arange(shard.first, shard.first + len(features)), features
+
+    def stored_shards(self) -> list["StoredShard"]:
+        """List the shards of all segments, in order; raises as `load` does."""
+        self._require_sizes(self._sealed)
+        shards = [
+            StoredShard(array=self, commit=commit, first=commit.rows[0])
+            for commit in self._sealed.values()
+        ]
+        for array, first in self._later:
+            for shard in array.stored_shards():
+                shards.append(replace(shard, first=shard.first + first))
+        return shards
+
+    def _read_ahead(
+        self,
+        shards: Iterable["StoredShard"],
+        threads: int | None,
+    ) -> Iterator[tuple["StoredShard", NDArray[Any]]]:
+        """Read shards in order, some ahead and in parallel, as wide as the widest segment."""
         n_threads = threads or self.files.readers
-        waiting: deque[tuple[int, Future[NDArray[Any]]]] = deque()
+        waiting: deque[tuple[StoredShard, Future[NDArray[Any]]]] = deque()
         with ThreadPoolExecutor(n_threads) as pool:
-            for commit in commits.values():
-                waiting.append((commit.rows[0], pool.submit(self._read_rows, commit)))
+            for shard in shards:
+                waiting.append((shard, pool.submit(self._read_wide, shard)))
                 if len(waiting) > n_threads:
                     first, rows = waiting.popleft()
                     yield first, rows.result()
             for first, rows in waiting:
                 yield first, rows.result()
-        for array, first_of_segment in self._later:
-            for first, segment_rows in array.load_shards(threads):
-                wide = np.empty((len(segment_rows), *self.row_shape), self.dtype)
-                with _as_wide(wide, array.row_shape) as buffer:
-                    buffer[:] = segment_rows
-                yield first_of_segment + first, wide
 
-    def _read_rows(self, commit: CommitRecord) -> NDArray[Any]:
-        """Read the features of one shard, [n, *row_shape]."""
-        first, stop = commit.rows
-        wide = np.empty((stop - first, *self.row_shape), self.dtype)
-        with _as_wide(wide, self.record.layout.row_shape) as buffer:
-            self._read_features(commit, buffer)
+    def _read_wide(self, shard: "StoredShard") -> NDArray[Any]:
+        """Read the features of a shard of any segment, [n, *row_shape]."""
+        wide = np.empty((shard.n_rows, *self.row_shape), self.dtype)
+        self._read_into(shard, wide)
         return wide
+
+    def _read_into(self, shard: "StoredShard", target: NDArray[Any]) -> None:
+        array = shard.array
+        with _as_wide(target, array.record.layout.row_shape) as buffer:
+            array._read_features(shard.commit, buffer)
 
     def load_ok(self) -> NDArray[np.bool_]:
         """Return bool [rows], True where the row has features; raises as `load` does."""
@@ -403,7 +422,7 @@ class FeatureArray:
                 return rows
         except (ValueError, AttributeError, RecursionError):
             pass
-        raise self._damaged(commit.shard, name, "is no list of rows")
+        raise self._damaged(commit.shard, name, "is not a list of rows")
 
     def _read_checked(self, commit: CommitRecord, name: str) -> bytes:
         try:
@@ -419,6 +438,22 @@ class FeatureArray:
             f"{self.files.where(name)} (shard {shard}) {problem}; "
             "repair with: apecache repair STORE"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredShard:
+    """Locate a committed shard among the rows of all segments."""
+
+    array: FeatureArray
+    """The segment's own array."""
+    commit: CommitRecord
+    first: int
+    """Its first row."""
+
+    @property
+    def n_rows(self) -> int:
+        first, stop = self.commit.rows
+        return stop - first
 
 
 def _field_types(row: Mapping[str, Any]) -> dict[str, type]:

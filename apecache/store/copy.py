@@ -7,7 +7,7 @@ from apecache.errors import DamagedError, StoreError
 from apecache.fingerprint import content_hash
 from apecache.storage.files import TEMPORARY, Files
 from apecache.storage.open import open_files
-from apecache.store.layout import PAIRS, SEGMENTS, SOURCE, ZARR
+from apecache.store.layout import PAIRS, SEGMENTS, SOURCE, VIEW_RECORDS, VIEWS, ZARR
 from apecache.store.reader import FeatureStore, segment_names
 from apecache.store.verify import VerifyReport, verify_files
 
@@ -27,7 +27,7 @@ def copy_store(store: str | Path, to: str | Path, alone: bool = False) -> Verify
         StoreError: There is not a store, or `to` holds something else.
         DamagedError: The copy does not verify.
     """
-    opened = FeatureStore.open(store)
+    opened = FeatureStore.physical(open_files(store))
     target = open_files(to, alone)
     names = [name for name in opened.files.sizes("") if not _is_temporary(name)]
     target_names = {name for name in target.sizes("") if not _is_temporary(name)}
@@ -40,13 +40,11 @@ def copy_store(store: str | Path, to: str | Path, alone: bool = False) -> Verify
     if (target_names and SOURCE not in target_names) or not _claim(opened.files, target):
         raise StoreError(f"{target.place} holds another store; give another place for the copy")
     hashes = dict(_recorded_hashes(opened))
-    # The record of pairs makes a store exist: those of segments come last, the store's own after
-    # them.
-    for name in sorted(names, key=lambda name: (name.endswith(PAIRS), name == PAIRS, name)):
+    for name in sorted(names, key=_copying_order):
         # Only objects of shards have a hash here; the others are copied again.
         if name not in target_names or hashes.get(name) != content_hash(target.read(name)):
             target.write(name, opened.files.read(name))
-    target.remove_temporary("records", ZARR, SEGMENTS)
+    target.remove_temporary("records", ZARR, SEGMENTS, VIEWS)
     report = verify_files(target)
     for problem in report.problems:
         if problem.harmful:
@@ -56,10 +54,20 @@ def copy_store(store: str | Path, to: str | Path, alone: bool = False) -> Verify
     return report
 
 
+def _copying_order(name: str) -> tuple[int, str]:
+    """Return a key to sort by: what makes other objects visible comes after them."""
+    # The record of pairs makes a block exist, that of a view makes the view the newest one.
+    if name == PAIRS:
+        return 3, name
+    if name.startswith(f"{VIEW_RECORDS}/"):
+        return 2, name
+    return int(name.endswith(PAIRS)), name
+
+
 def _claim(source: Files, target: Files) -> bool:
     """Claim the target for this store; return False if it belongs to another one."""
     claim = source.read(SOURCE)
-    return target.create(SOURCE, claim) or target.read(SOURCE) == claim
+    return target.put_if_absent(SOURCE, claim) or target.read(SOURCE) == claim
 
 
 def _is_temporary(name: str) -> bool:

@@ -1,7 +1,5 @@
 """Export a store as plain files: one .npz, or Parquet. Reading them needs no pickle."""
 
-import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 
 from apecache.errors import DataError, MissingExtraError
 from apecache.fingerprint import Modality
+from apecache.storage.replace import new_file, new_folder
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 
@@ -24,7 +23,8 @@ def export_npz(store: FeatureStore, out: Path) -> list[str]:
 
     `image_key`, `image_split`, `image_label`, `text_caption`, `text_language` are fixed-width
     strings; `text_image_row` is the image of each caption; `image.NAME` and `text.NAME` are
-    features [rows, dim], not normalized (NaN where `….ok` is False).
+    features [rows, dim], not normalized (NaN where `….ok` is False); where rows differ in their
+    number of tokens, `….length` is that number.
 
     Returns:
         Names of the arrays.
@@ -34,18 +34,15 @@ def export_npz(store: FeatureStore, out: Path) -> list[str]:
         DamagedError: The store is damaged.
         DataError: Captions are too long for fixed-width strings.
     """
-    temporary = _beside(out)
     names = []
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            for name, array in _npz_arrays(store):
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, array, allow_pickle=False)
-                names.append(name)
-        # Under its name only when it is complete.
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        new_file(out) as scratch,
+        zipfile.ZipFile(scratch, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
+        for name, array in _npz_arrays(store):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+            names.append(name)
     return names
 
 
@@ -66,6 +63,9 @@ def _npz_arrays(store: FeatureStore) -> Iterator[tuple[str, NDArray[Any]]]:
     for array in store.arrays():
         yield f"{array.record.modality}.{array.name}", array.load()
         yield f"{array.record.modality}.{array.name}.ok", array.load_ok()
+        lengths = array.load_lengths()
+        if lengths is not None:
+            yield f"{array.record.modality}.{array.name}.length", lengths
 
 
 def export_parquet(store: FeatureStore, out: Path) -> list[str]:
@@ -93,29 +93,16 @@ def export_parquet(store: FeatureStore, out: Path) -> list[str]:
         "language": pairs.languages,
         "image_row": pairs.image_rows,
     }
-    temporary = _beside(out)
     tables: tuple[tuple[str, Modality, dict[str, Any]], ...] = (
         ("images", "image", images),
         ("texts", "text", texts),
     )
-    # A killed export may have left it.
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
+    with new_folder(out) as scratch:
         for file, modality, columns in tables:
             pair_columns = {name: pa.array(values.tolist()) for name, values in columns.items()}
             features = {array.name: _list_column(pa, array) for array in store.arrays(modality)}
-            pq.write_table(pa.table({**pair_columns, **features}), temporary / f"{file}.parquet")
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            pq.write_table(pa.table({**pair_columns, **features}), scratch / f"{file}.parquet")
     return [f"{file}.parquet" for file, *_ in tables]
-
-
-def _beside(out: Path) -> Path:
-    """Return where an export is written before it is complete."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.with_name(f".{out.name}.tmp")
 
 
 def _list_column(pa: ModuleType, array: FeatureArray) -> Any:

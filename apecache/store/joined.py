@@ -11,7 +11,10 @@ from apecache.encoders.spec import join_fingerprints, join_specs
 from apecache.errors import OptionError
 from apecache.fingerprint import Fingerprint
 from apecache.store.array import FeatureArray
+from apecache.store.gather import ViewArray
 
+BLOCK_ROWS = 4096
+"""Rows of a block that is given where the arrays are read whole."""
 BETWEEN_NAMES = ","
 """Stands between the names of joined arrays. No name of an array has it."""
 
@@ -77,21 +80,34 @@ class JoinedArray(FeatureArray):
             first_column += array.dim
         return target
 
-    def load_shards(self, threads: int | None = None) -> Iterator[tuple[int, NDArray[Any]]]:
+    def load_shards(
+        self,
+        threads: int | None = None,
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
         """Read all rows in blocks; see `FeatureArray.load_shards`.
 
-        A block ends where a shard of any array ends: encoders differ in the rows of a shard.
+        A block ends where a shard of any array ends: encoders differ in the rows of a shard. The
+        arrays of a view can give their rows in any order, so those are read whole before.
         """
+        if any(isinstance(array, ViewArray) for array in self.arrays):
+            features = self.load(threads=threads)
+            for begin in range(0, self.rows, BLOCK_ROWS):
+                rows = np.arange(begin, min(begin + BLOCK_ROWS, self.rows))
+                yield rows, features[begin : begin + BLOCK_ROWS]
+            return
         readers = [array.load_shards(threads) for array in self.arrays]
         held = [next(reader, None) for reader in readers]
         begin = 0
         while begin < self.rows:
             shards = [shard for shard in held if shard is not None]
-            end = min(first + len(rows) for first, rows in shards)
-            blocks = [rows[begin - first : end - first] for first, rows in shards]
-            yield begin, np.concatenate(blocks, axis=1, dtype=self.dtype)
-            for number, (first, rows) in enumerate(shards):
-                if first + len(rows) == end:
+            end = min(int(rows[-1]) + 1 for rows, _ in shards)
+            blocks = []
+            for rows, features in shards:
+                first = int(rows[0])
+                blocks.append(features[begin - first : end - first])
+            yield np.arange(begin, end), np.concatenate(blocks, axis=1, dtype=self.dtype)
+            for number, (rows, _) in enumerate(shards):
+                if int(rows[-1]) + 1 == end:
                     held[number] = next(readers[number], None)
             begin = end
 

@@ -16,7 +16,14 @@
         quarantine/00000012.jsonl             rows that could not be encoded, and why
         seal.json                             written last
 
-    STORE/segments/0001/                      rows that were appended: a store of the same layout
+    STORE/segments/0001/                      a later block of rows: a store of the same layout
+    STORE/views/<id>/                         a table: for each of its rows, where the features lie
+    STORE/records/views/<id>.json             the view exists; views/<id>/view.json is its copy
+    STORE/records/stamps.bin                  size, time and hash of each image file: a cache
+
+The store itself is the first block of rows, `segments/0001`, … are the later ones. A view lists its
+blocks; `image_content_row` and `text_content_row` count rows through these blocks, and are -1 where
+an input could not be read. A store without views is read as one table: that of its blocks.
 
 Features are [rows, dim], [rows, tokens, dim], [rows, views, dim] or [rows, views, tokens, dim]; a
 row with fewer tokens is padded with zeros. Beside int8 lies a scale for each vector of dim numbers.
@@ -26,12 +33,13 @@ One chunk is one file is one commit unit, the shard. Missing chunks read as NaN,
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
@@ -40,11 +48,17 @@ from apecache.errors import StoreError, one_line
 from apecache.fingerprint import Fingerprint, Json, Modality
 
 FORMAT_VERSION = 1
+"""Format of blocks and of their records."""
+VIEW_FORMAT_VERSION = 2
+"""Format of views, and of the records of blocks whose own table is not one of the user's."""
 ZARR = "features.zarr"
 SOURCE = "records/source.json"
 PAIRS = "records/pairs.json"
 SEGMENTS = "segments"
 SEGMENT_RECORDS = "records/segments"
+VIEWS = "views"
+VIEW_RECORDS = "records/views"
+STAMPS = "records/stamps.bin"
 MISSING = 0
 OK = 1
 QUARANTINED = 2
@@ -63,6 +77,15 @@ PAIR_COLUMNS = (
     ("text_image_row", "text"),
 )
 """Columns of the pair table, each with its dimension."""
+CONTENT_COLUMN = "image_content"
+"""Column of blocks whose table is not one of the user's: BLAKE3 of each image, where known."""
+VIEW_COLUMNS = (
+    *PAIR_COLUMNS,
+    ("image_problem", "image"),
+    ("image_content_row", "image"),
+    ("text_content_row", "text"),
+)
+"""Columns of a view: those of a pair table, why an image has no features, and where they lie."""
 PAIR_CODECS = (["vlen-utf8", "zstd", "crc32c"], ["bytes", "zstd", "crc32c"])
 SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -253,30 +276,35 @@ def require_format(value: Any, where: str) -> None:
     format_version = value.get("format") if isinstance(value, dict) else None
     if not isinstance(format_version, int):
         raise StoreError(f"{where} is not an apecache record")
-    if format_version > FORMAT_VERSION:
+    if format_version > VIEW_FORMAT_VERSION:
         raise StoreError(
-            f"{where} has format {format_version}; this apecache reads up to {FORMAT_VERSION}: "
-            "upgrade apecache"
+            f"{where} has format {format_version}; this apecache reads up to "
+            f"{VIEW_FORMAT_VERSION}: upgrade apecache"
         )
 
 
 def records_folder(modality: str, name: str) -> str:
+    """Return the folder of an array's records, below the store."""
     return f"records/{modality}/{name}"
 
 
 def array_folder(modality: str, name: str) -> str:
+    """Return the folder of an array's Zarr group, below the store."""
     return f"{ZARR}/{modality}/{name}"
 
 
 def commit_name(modality: str, name: str, shard: int) -> str:
+    """Return the name of the record that commits a shard."""
     return f"{records_folder(modality, name)}/commits/{shard:08d}.json"
 
 
 def quarantine_name(modality: str, name: str, shard: int) -> str:
+    """Return the name of the list of a shard's quarantined rows."""
     return f"{records_folder(modality, name)}/quarantine/{shard:08d}.jsonl"
 
 
 def chunk_name(array: ArrayRecord, part: str, shard: int) -> str:
+    """Return the name of the chunk file that holds one part of a shard."""
     _, row_shape = array.layout.parts[part]
     folder = array_folder(array.modality, array.name)
     # Only rows are chunked: the chunk has the index 0 in every dimension of a row.
@@ -292,7 +320,18 @@ def chunk_bytes(layout: ArrayLayout) -> dict[str, int]:
 
 
 def segment_record_name(segment: str) -> str:
+    """Return the name of the record of an appended segment."""
     return f"{SEGMENT_RECORDS}/{segment}.json"
+
+
+def view_folder(view: str) -> str:
+    """Return the folder of a view's columns, below the store."""
+    return f"{VIEWS}/{view}"
+
+
+def view_record_name(view: str) -> str:
+    """Return the name of the record that commits a view."""
+    return f"{VIEW_RECORDS}/{view}.json"
 
 
 def with_metadata(record: ArrayRecord) -> ArrayRecord:
@@ -377,16 +416,37 @@ def root_objects(version: str) -> dict[str, bytes]:
     return {f"{ZARR}/{key}": _bytes(value) for key, value in memory._store_dict.items()}
 
 
-def pair_objects(columns: Mapping[str, tuple[str, list[str] | list[int]]]) -> dict[str, bytes]:
+Columns = Mapping[str, tuple[str, "Sequence[str] | Sequence[int] | NDArray[Any]"]]
+"""(dimension, values) by column name."""
+
+
+def pair_objects(columns: Columns) -> dict[str, bytes]:
     """Return the objects of the group `pairs`, by path below the store.
 
     Args:
         columns: (dimension, values) by column name. They are stored with zstd and crc32c.
     """
+    return table_objects(columns, f"{ZARR}/pairs", {})
+
+
+def table_objects(
+    columns: Columns,
+    folder: str,
+    attributes: Mapping[str, Json],
+) -> dict[str, bytes]:
+    """Return the objects of a Zarr group of columns, by path below the store.
+
+    Args:
+        columns: As `pair_objects` takes them.
+        folder: Folder of the group.
+        attributes: Attributes of the group.
+    """
     memory = MemoryStore()
-    group = zarr.create_group(memory, path="pairs", zarr_format=3)
+    group = zarr.create_group(memory, path="table", zarr_format=3, attributes=dict(attributes))
     for name, (dimension, values) in columns.items():
-        strings = not values or isinstance(values[0], str)
+        strings = len(values) == 0 or isinstance(values[0], str)
+        if isinstance(values, np.ndarray):
+            strings = values.dtype == object
         array = group.create_array(
             name,
             shape=(len(values),),
@@ -398,14 +458,20 @@ def pair_objects(columns: Mapping[str, tuple[str, list[str] | list[int]]]) -> di
             config={"write_empty_chunks": True},
         )
         if strings:
-            array[:] = np.array([storable(text) for text in values], dtype=object)
+            array[:] = np.array(_storable_column(values), dtype=object)
         else:
             array[:] = np.array(values)
     return {
-        f"{ZARR}/{key}": _bytes(value)
+        f"{folder}/{key.removeprefix('table/')}": _bytes(value)
         for key, value in memory._store_dict.items()
-        if key.startswith("pairs/")
+        if key.startswith("table/")
     }
+
+
+def _storable_column(values: Sequence[Any] | NDArray[Any]) -> Sequence[Any] | NDArray[Any]:
+    """Return `storable` texts; a search in each of a million takes seconds, so ASCII has none."""
+    is_ascii = "".join(map(str, values)).isascii()
+    return values if is_ascii else [storable(text) for text in values]
 
 
 def storable(text: str | int) -> str:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 
 from apecache.errors import DamagedError, MismatchError, StoreError, nearest
-from apecache.fingerprint import Modality
+from apecache.fingerprint import Json, Modality
 from apecache.storage.files import Files
 from apecache.store.layout import (
     PAIRS,
@@ -66,6 +66,17 @@ def restore_source(files: Files, pairs: PairColumns, root: str) -> None:
     files.write(SOURCE, source_bytes(pairs, root))
 
 
+def restore_claim(
+    files: Files,
+    identity: Mapping[str, Json],
+    origin: str,
+    root: str,
+) -> None:
+    """Write the lost source record of a block again, from what another record says of it."""
+    body = {**identity, "origin": origin, "root": root}
+    files.write(SOURCE, seal_record(SOURCE, body, of_view=identity.get("view_only") is True))
+
+
 def recorded_arrays(files: Files) -> list[tuple[Modality, str]]:
     """Return (modality, name) of every array that has records, images first."""
     modalities: tuple[Modality, ...] = ("image", "text")
@@ -88,8 +99,10 @@ def restore_segment_records(files: Files, segments: Iterable[str]) -> list[str]:
             read_record(files, name)
         except DamagedError:
             source = read_record(files.child(f"{SEGMENTS}/{segment}"), SOURCE)
-            identity = {key: source[key] for key in ("digest", "n_images", "n_texts")}
-            files.write(name, seal_record(name, identity))
+            keys = ("digest", "n_images", "n_texts", "view_only")
+            identity = {key: source[key] for key in keys if key in source}
+            is_view_only = source.get("view_only") is True
+            files.write(name, seal_record(name, identity, of_view=is_view_only))
             restored.append(name)
     return restored
 
@@ -154,9 +167,13 @@ def find_array(files: Files, name: str) -> tuple[Modality, str]:
     modalities: tuple[Modality, ...] = ("image", "text")
     names = []
     matches: list[tuple[Modality, str]] = []
+    folders = ["", *(f"{SEGMENTS}/{segment}/" for segment in files.list(SEGMENTS))]
     for modality in modalities:
-        # Either of the two may be lost.
-        arrays = {*files.list(f"records/{modality}"), *files.list(f"{ZARR}/{modality}")}
+        arrays: set[str] = set()
+        for folder in folders:
+            # Either of the two may be lost.
+            arrays.update(files.list(f"{folder}records/{modality}"))
+            arrays.update(files.list(f"{folder}{ZARR}/{modality}"))
         for array in sorted(arrays - {"zarr.json"}):
             names.append(f"{modality}/{array}")
             if name in (array, f"{modality}/{array}"):

@@ -13,6 +13,9 @@ from apecache.store.layout import (
     PAIRS,
     SEGMENT_RECORDS,
     SOURCE,
+    VIEW_FORMAT_VERSION,
+    VIEW_RECORDS,
+    VIEWS,
     ZARR,
     ArrayRecord,
     chunk_bytes,
@@ -222,29 +225,39 @@ def _has_fields(value: Mapping[str, Any], name: str) -> bool:
         count_fields = ("n_images", "n_texts")
     if name.endswith("/fingerprint.json"):
         return True
-    if name == PAIRS and not _are_objects(value.get("objects")):
+    if name == PAIRS and not _are_objects(value.get("objects"), ZARR):
+        return False
+    # `parse_view` checks all other fields of a view.
+    if name.startswith(f"{VIEW_RECORDS}/") and not _are_objects(value.get("objects"), VIEWS):
         return False
     return isinstance(value.get("digest"), str) and all(
         type(value.get(count)) is int and value[count] >= 0 for count in count_fields
     )
 
 
-def _are_objects(value: object) -> bool:
-    """Return whether these are Zarr's objects of a pair table, each with its hash."""
+def _are_objects(value: object, folder: str) -> bool:
+    """Return whether these are objects of a table below a folder, each with its hash."""
     return isinstance(value, dict) and all(
-        _is_below_zarr(name) and isinstance(entry, dict) and isinstance(entry.get("blake3"), str)
+        _is_below(name, folder) and isinstance(entry, dict) and isinstance(entry.get("blake3"), str)
         for name, entry in value.items()
     )
 
 
-def _is_below_zarr(name: str) -> bool:
+def _is_below(name: str, folder: str) -> bool:
     # Objects are read by these names, so a record must not name a file outside.
-    return name.startswith(f"{ZARR}/") and ".." not in name.split("/") and "\0" not in name
+    return name.startswith(f"{folder}/") and ".." not in name.split("/") and "\0" not in name
 
 
-def seal_record(name: str, body: Mapping[str, Json]) -> bytes:
-    """Return a JSON record with a checksum, and its own name so that no other can replace it."""
-    return with_checksum({"format": FORMAT_VERSION, **body, "object": name})
+def seal_record(name: str, body: Mapping[str, Json], of_view: bool = False) -> bytes:
+    """Return a JSON record with a checksum, and its own name so that no other can replace it.
+
+    Args:
+        name: The record.
+        body: Its fields.
+        of_view: Whether an apecache that knows no views must refuse it.
+    """
+    format_version = VIEW_FORMAT_VERSION if of_view else FORMAT_VERSION
+    return with_checksum({"format": format_version, **body, "object": name})
 
 
 def with_checksum(body: Mapping[str, Json]) -> bytes:

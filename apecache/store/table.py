@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -18,8 +18,26 @@ from apecache.errors import DamagedError, one_line
 from apecache.fingerprint import content_hash
 from apecache.storage.files import Files
 from apecache.store.equal import equal_captions
-from apecache.store.layout import PAIR_CHUNK_ROWS, PAIR_CODECS, PAIR_COLUMNS, PAIRS, SOURCE, ZARR
+from apecache.store.layout import (
+    CONTENT_COLUMN,
+    PAIR_CHUNK_ROWS,
+    PAIR_CODECS,
+    PAIR_COLUMNS,
+    PAIRS,
+    SOURCE,
+    ZARR,
+)
 from apecache.store.records import read_record
+
+COLUMN_OF_FIELD = {
+    "keys": "image_key",
+    "splits": "image_split",
+    "labels": "image_label",
+    "captions": "text_caption",
+    "languages": "text_language",
+    "image_rows": "text_image_row",
+}
+"""Column of each field of a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +74,49 @@ class PairTable:
         return dict(Counter(self.splits.tolist()))
 
 
+class LazyPairTable(PairTable):
+    """Read a column when it is first asked for: ten million pairs take gigabytes as strings.
+
+    Args:
+        read: Returns a column by its name, or raises DamagedError.
+        digest: Identity of the table.
+    """
+
+    def __init__(self, read: Callable[[str], NDArray[Any]], digest: str) -> None:
+        # The dataclass is frozen.
+        vars(self)["_read"] = read
+        vars(self)["digest"] = digest
+
+    def __getattr__(self, name: str) -> NDArray[Any]:
+        # Only called for what is not there yet.
+        if name not in COLUMN_OF_FIELD:
+            raise AttributeError(name)
+        vars(self)[name] = vars(self)["_read"](COLUMN_OF_FIELD[name])
+        column: NDArray[Any] = vars(self)[name]
+        return column
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        columns = {name: getattr(self, name) for name in COLUMN_OF_FIELD}
+        return _eager_table, ({**columns, "digest": self.digest},)
+
+
+def _eager_table(fields: Mapping[str, Any]) -> PairTable:
+    return PairTable(**fields)
+
+
+def with_columns(table: PairTable, **changed: Any) -> PairTable:
+    """Return a table with some of its columns, or its digest, changed."""
+    fields = {name: getattr(table, name) for name in COLUMN_OF_FIELD}
+    return PairTable(**{**fields, "digest": table.digest, **changed})
+
+
 def read_table(files: Files) -> PairTable:
-    """Read the pair table of one segment.
+    """Open the pair table of one block; its columns are read when they are asked for.
+
+    Reading a column raises DamagedError if an object of it is missing, or is not what was written.
 
     Raises:
-        DamagedError: An object of the table is missing, or is not what was written.
+        DamagedError: A record of the table is missing or damaged.
     """
     record = read_record(files, PAIRS)
     source = read_record(files, SOURCE)
@@ -68,57 +124,111 @@ def read_table(files: Files) -> PairTable:
         raise DamagedError(
             f"{files.where(PAIRS)} and {SOURCE} are of different tables; restore the files"
         )
-    objects = _read_objects(files, record["objects"])
-    n_rows = {"image": source["n_images"], "text": source["n_texts"]}
-    columns = {
-        name: _column(files, name=name, rows=n_rows[dimension], objects=objects)
-        for name, dimension in PAIR_COLUMNS
+    # Only chunks are large. Metadata is checked at once, also that of columns nobody asks for.
+    metadata = {
+        name: entry for name, entry in record["objects"].items() if name.endswith("zarr.json")
     }
-    image_rows = np.asarray(columns.pop("text_image_row"), dtype=np.int64)
-    if len(image_rows) and not (image_rows.min() >= 0 and image_rows.max() < n_rows["image"]):
-        raise DamagedError(
-            f"{files.where(PAIRS)}: captions of images that the table does not have; restore "
-            "the files"
+    _read_objects(files, metadata)
+    n_rows = {"image": source["n_images"], "text": source["n_texts"]}
+    dimensions = dict(PAIR_COLUMNS)
+    # In a block that no table of the user's describes, a caption may have no image.
+    first_row = -1 if source.get("view_only") is True else 0
+
+    def read(name: str) -> NDArray[Any]:
+        column = read_column(
+            files,
+            folder=f"{ZARR}/pairs/{name}",
+            rows=n_rows[dimensions[name]],
+            recorded=record["objects"],
         )
-    keys, splits, labels, captions, languages = (
-        np.asarray(column, dtype=object) for column in columns.values()
-    )
-    return PairTable(
-        keys=keys,
-        splits=splits,
-        labels=labels,
-        captions=captions,
-        languages=languages,
-        image_rows=image_rows,
-        digest=source["digest"],
-    )
+        if name == "text_image_row":
+            return checked_image_rows(column, files.where(PAIRS), first_row, n_rows["image"])
+        return column
+
+    return LazyPairTable(read, source["digest"])
 
 
-def join_tables(tables: Sequence[PairTable], digest: str) -> PairTable:
-    """Return one table with the rows of all segments, in order.
+def checked_image_rows(
+    column: NDArray[Any],
+    where: str,
+    first_row: int,
+    n_images: int,
+) -> NDArray[np.int64]:
+    """Return the image row of each caption; raises DamagedError if there are no such images."""
+    image_rows = np.asarray(column, dtype=np.int64)
+    if len(image_rows) and not (image_rows.min() >= first_row and image_rows.max() < n_images):
+        raise DamagedError(
+            f"{where}: captions of images that the table does not have; restore the files"
+        )
+    return image_rows
+
+
+def read_contents(files: Files) -> list[str]:
+    """Return the hash of each image that a block's table declares; empty where it declares none.
+
+    Raises:
+        DamagedError: An object of the table is missing, or is not what was written.
+    """
+    n_images = read_record(files, SOURCE)["n_images"]
+    recorded = read_record(files, PAIRS)["objects"]
+    folder = f"{ZARR}/pairs/{CONTENT_COLUMN}"
+    if f"{folder}/zarr.json" not in recorded:
+        return [""] * n_images
+    column = read_column(files, folder=folder, rows=n_images, recorded=recorded)
+    return [str(digest) for digest in column]
+
+
+def read_column(
+    files: Files,
+    folder: str,
+    rows: int,
+    recorded: Mapping[str, Any],
+) -> NDArray[Any]:
+    """Read one column of a table.
 
     Args:
-        tables: The table of each segment.
-        digest: Identity of the joined table.
+        files: The store.
+        folder: Folder of the column.
+        rows: Number of rows that it must have.
+        recorded: Hashes of the table's objects, by name.
+
+    Raises:
+        DamagedError: An object of the column is missing, or is not what was written.
     """
-    # Each segment counts image rows from its own first image.
-    first_rows = accumulate((len(table.keys) for table in tables[:-1]), initial=0)
-    image_rows = [
-        table.image_rows + first_row for table, first_row in zip(tables, first_rows, strict=True)
-    ]
-    return PairTable(
-        keys=_joined(tables, "keys"),
-        splits=_joined(tables, "splits"),
-        labels=_joined(tables, "labels"),
-        captions=_joined(tables, "captions"),
-        languages=_joined(tables, "languages"),
-        image_rows=np.concatenate(image_rows),
-        digest=digest,
-    )
+    column_objects = {
+        name: entry for name, entry in recorded.items() if name.startswith(f"{folder}/")
+    }
+    objects = _read_objects(files, column_objects)
+    return _column(files, folder=folder, rows=rows, objects=objects)
 
 
-def _joined(tables: Sequence[PairTable], column: str) -> NDArray[np.object_]:
-    return np.concatenate([getattr(table, column) for table in tables])
+def join_tables(
+    tables: Sequence[PairTable],
+    digest: str,
+    n_images: Sequence[int] | None = None,
+) -> PairTable:
+    """Return one table with the rows of all blocks, in order.
+
+    Args:
+        tables: The table of each block.
+        digest: Identity of the joined table.
+        n_images: Images of each table; None to count them.
+    """
+
+    def read(column: str) -> NDArray[Any]:
+        (name,) = (name for name, stored in COLUMN_OF_FIELD.items() if stored == column)
+        if name != "image_rows":
+            return np.concatenate([getattr(table, name) for table in tables])
+        counts = [len(table.keys) for table in tables] if n_images is None else n_images
+        # Each block counts image rows from its own first image.
+        first_rows = accumulate(counts[:-1], initial=0)
+        image_rows = [
+            table.image_rows + first_row
+            for table, first_row in zip(tables, first_rows, strict=True)
+        ]
+        return np.concatenate(image_rows)
+
+    return LazyPairTable(read, digest)
 
 
 def _read_objects(files: Files, recorded: Mapping[str, Any]) -> dict[str, bytes]:
@@ -137,17 +247,16 @@ def _read_objects(files: Files, recorded: Mapping[str, Any]) -> dict[str, bytes]
     return objects
 
 
-def _column(files: Files, name: str, rows: int, objects: Mapping[str, bytes]) -> NDArray[Any]:
+def _column(files: Files, folder: str, rows: int, objects: Mapping[str, bytes]) -> NDArray[Any]:
     """Read one column, if its Zarr metadata is what apecache writes.
 
     Args:
         files: The store, for error messages.
-        name: The column.
+        folder: Folder of the column.
         rows: Number of rows that it must have.
         objects: Objects of the pair table by name.
     """
     # Checked before Zarr reads it: metadata decides what Zarr allocates and which codecs it runs.
-    folder = f"{ZARR}/pairs/{name}"
     try:
         described = json.loads(objects[f"{folder}/zarr.json"])
         (chunk,) = described["chunk_grid"]["configuration"]["chunk_shape"]
@@ -169,4 +278,5 @@ def _column(files: Files, name: str, rows: int, objects: Mapping[str, bytes]) ->
         raise DamagedError(
             f"{files.where(folder)} cannot be read: {one_line(error)}; restore the files"
         ) from None
-    return np.asarray(values)
+    # Zarr's strings are of a variable width, which numpy's own functions take less well.
+    return np.asarray(values) if values.dtype == np.int64 else np.asarray(values, dtype=object)

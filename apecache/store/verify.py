@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from apecache.errors import ApecacheError, DamagedError, StoreError
 from apecache.fingerprint import Modality, content_hash
@@ -25,37 +25,12 @@ from apecache.store.layout import (
     records_folder,
     segment_record_name,
 )
+from apecache.store.problem import Kind, Problem
 from apecache.store.records import CommitRecord, digest_commits, is_commit, read_commit, read_record
+from apecache.store.verify_views import check_views
 
-Kind = Literal["damaged", "missing", "unsealed", "uncommitted", "temporary", "foreign"]
-"""What is wrong with an object.
-
-damaged, missing: what a record promises is not there. unsealed: all shards are committed, but the
-seal is missing (a run was killed just before its end), so the array cannot be loaded yet.
-uncommitted: chunks of a shard without a record (of a killed run; the next run writes them again).
-temporary: left by a killed writer. foreign: not of apecache.
-"""
-HARMFUL: tuple[Kind, ...] = ("damaged", "missing")
 Progress = Callable[[int], None]
 """Called with the number of bytes of every object that was hashed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """Describe what is wrong with one object."""
-
-    kind: Kind
-    object: str
-    """Path of the object below the store."""
-    detail: str
-    array: tuple[Modality, str] | None = None
-    """Modality and name of the array that the object belongs to."""
-    shard: int | None = None
-    """Shard that the object belongs to."""
-
-    @property
-    def harmful(self) -> bool:
-        return self.kind in HARMFUL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +93,7 @@ def verify_segment(
     check.table()
     for modality, name in array_names(files):
         check.array(modality, name)
+    check.views()
     check.strangers()
     return VerifyReport(
         store=files.place,
@@ -281,6 +257,16 @@ class _Check:
         commits, hashes = self._commits(record)
         self._seal(record, commits, hashes)
         self._uncommitted(record, commits)
+
+    def views(self) -> None:
+        """Check the views, and what is remembered of image files."""
+        check = check_views(self.files)
+        self.problems += check.problems
+        self.known |= check.known
+        self.n_objects += len(check.object_bytes)
+        for n_bytes in check.object_bytes:
+            self.n_bytes += n_bytes
+            self.progress(n_bytes)
 
     def strangers(self) -> None:
         """Report objects below the store that nothing accounts for, except those of segments."""

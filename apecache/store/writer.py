@@ -6,7 +6,7 @@ lists the records.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,23 @@ from google_crc32c import value as crc32c
 from numpy.typing import NDArray
 
 from apecache.errors import DamagedError, MismatchError, StoreError, counted, one_line
-from apecache.fingerprint import Json, canonical_json, content_hash, describe_difference
+from apecache.fingerprint import (
+    Json,
+    canonical_json,
+    content_hash,
+    describe_difference,
+    hash_buffers,
+)
 from apecache.storage.files import Buffer, Files
 from apecache.store.layout import (
+    CONTENT_COLUMN,
     OK,
     PAIRS,
     QUARANTINED,
     README,
     SEGMENTS,
     SOURCE,
+    VIEWS,
     ZARR,
     ArrayLayout,
     ArrayRecord,
@@ -65,6 +73,16 @@ class PairColumns:
     digest: str
     origin: str
     """How the user named the source."""
+    options: Mapping[str, Json] = field(default_factory=dict)
+    """How the source was opened."""
+    contents: list[str] | None = None
+    """In a block whose table is not one of the user's: the BLAKE3 of each image, empty where it is
+    not known. Its captions may have the image row -1."""
+
+    @property
+    def view_only(self) -> bool:
+        """Return whether only views refer to the rows."""
+        return self.contents is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +111,11 @@ def create_store(files: Files, pairs: PairColumns, root: str, version: str) -> N
     """
     files.prepare()
     _refuse_foreign(files)
-    files.create(SOURCE, source_bytes(pairs, root))
+    files.put_if_absent(SOURCE, source_bytes(pairs, root))
+    # Whoever wrote the record first, it must be that of this table.
     _require_same_source(read_record(files, SOURCE), _identity(pairs), files)
     # Before Zarr sees the store, which stumbles over temporary files in it.
-    files.remove_temporary("records", ZARR)
+    files.remove_temporary("records", ZARR, VIEWS)
     with files.exclusive("records"):
         if not files.exists(PAIRS):
             _write_pairs(files, pairs, version)
@@ -111,7 +130,7 @@ def add_segment(files: Files, segment: str, pairs: PairColumns, root: str, versi
     """
     create_store(files.child(f"{SEGMENTS}/{segment}"), pairs=pairs, root=root, version=version)
     name = segment_record_name(segment)
-    files.create(name, seal_record(name, _identity(pairs)))
+    files.put_if_absent(name, seal_record(name, _identity(pairs), of_view=pairs.view_only))
     _require_same_source(read_record(files, name), _identity(pairs), files)
 
 
@@ -120,16 +139,25 @@ def source_bytes(pairs: PairColumns, root: str) -> bytes:
 
     Origin and root say where the table and its images were, for people and for `apecache repair`.
     """
-    return seal_record(SOURCE, {**_identity(pairs), "origin": pairs.origin, "root": root})
+    source: dict[str, Json] = {"origin": pairs.origin, "root": root}
+    if pairs.options:
+        source["options"] = dict(pairs.options)
+    return seal_record(SOURCE, {**_identity(pairs), **source}, of_view=pairs.view_only)
 
 
 def _identity(pairs: PairColumns) -> dict[str, Json]:
-    return {"digest": pairs.digest, "n_images": len(pairs.keys), "n_texts": len(pairs.captions)}
+    identity: dict[str, Json] = {
+        "digest": pairs.digest,
+        "n_images": len(pairs.keys),
+        "n_texts": len(pairs.captions),
+    }
+    # Left out where it is False: other records are the same as without the field.
+    return {**identity, "view_only": True} if pairs.view_only else identity
 
 
 def table_columns(pairs: PairColumns) -> dict[str, tuple[str, list[str] | list[int]]]:
     """Return the columns of the pair table as they are stored: name -> (dimension, values)."""
-    return {
+    columns: dict[str, tuple[str, list[str] | list[int]]] = {
         "image_key": ("image", pairs.keys),
         "image_split": ("image", pairs.splits),
         "image_label": ("image", pairs.labels),
@@ -137,6 +165,9 @@ def table_columns(pairs: PairColumns) -> dict[str, tuple[str, list[str] | list[i
         "text_language": ("text", pairs.languages),
         "text_image_row": ("text", pairs.image_rows),
     }
+    if pairs.contents is not None:
+        columns[CONTENT_COLUMN] = ("image", pairs.contents)
+    return columns
 
 
 def _write_pairs(files: Files, pairs: PairColumns, version: str) -> None:
@@ -148,7 +179,7 @@ def _write_pairs(files: Files, pairs: PairColumns, version: str) -> None:
         name: {"bytes": len(data), "blake3": content_hash(data)} for name, data in objects.items()
     }
     # Last: this record makes the store exist.
-    files.create(PAIRS, seal_record(PAIRS, {"digest": pairs.digest, "objects": hashes}))
+    files.put_if_absent(PAIRS, seal_record(PAIRS, {"digest": pairs.digest, "objects": hashes}))
 
 
 def _refuse_foreign(files: Files) -> None:
@@ -193,12 +224,12 @@ def create_array(files: Files, record: ArrayRecord) -> None:
     """
     name = f"{records_folder(record.modality, record.name)}/fingerprint.json"
     data = seal_record(name, record.to_json())
-    if not files.create(name, data) and files.read(name) != data:
+    if not files.put_if_absent(name, data) and files.read(name) != data:
         raise MismatchError(
             f"another extraction has just made {record.modality}/{record.name} otherwise; run again"
         )
     for path, text in record.metadata.items():
-        files.create(f"{array_folder(record.modality, record.name)}/{path}", text.encode())
+        files.put_if_absent(f"{array_folder(record.modality, record.name)}/{path}", text.encode())
 
 
 class ArrayWriter:
@@ -270,13 +301,14 @@ class ArrayWriter:
         with self.files.exclusive(f"{self._folder}/commits"):
             # Before any write: a shard that is committed with other bytes must stay as it is.
             committed = self._committed_alike(record)
+            # Of a committed shard, only chunks that are lost or damaged are written again.
             for name, payload in payloads.items():
                 if not committed or not self._stands(name, objects[name].blake3):
                     self._put(name, payload, objects[name].blake3)
             name = commit_name(self.record.modality, self.record.name, shard)
             # Chunks are durable by now, so a record never names what a power cut could lose.
             # Another writer may have been first. With the same bytes that is as good.
-            if not self.files.create(name, record.to_bytes()):
+            if not self.files.put_if_absent(name, record.to_bytes()):
                 self._committed_alike(record)
         return record
 
@@ -308,8 +340,9 @@ class ArrayWriter:
         }
         name = f"{self._folder}/seal.json"
         # The last record may be that of a writer that was killed before the entry was durable.
-        self.files.settle(f"{self._folder}/commits")
-        put = self.files.create(name, seal_record(name, body))
+        if hashes:
+            self.files.settle(f"{self._folder}/commits")
+        put = self.files.put_if_absent(name, seal_record(name, body))
         if not put and read_record(self.files, name).get("digest") != digest:
             raise DamagedError(
                 f"{self.files.where(name)}: sealed with other records; restore the file"
@@ -364,12 +397,13 @@ class ArrayWriter:
         chunk = chunks["features"]
         status = chunks["status"]
         # int8 has no NaN: a missing vector has the scale NaN instead.
-        gaps = chunks["scale" if layout.scaled else "features"]
+        nan_marked = chunks["scale" if layout.scaled else "features"]
         if layout.scaled:
-            chunk[: len(rows)], gaps[: len(rows)] = quantize(features)
+            chunk[: len(rows)], nan_marked[: len(rows)] = quantize(features)
         else:
             chunk[: len(rows)] = features
-        gaps[len(rows) :] = np.nan
+        nan_marked[len(rows) :] = np.nan
+        # Rows beyond the last keep the status MISSING, which is 0.
         status[: len(rows)] = OK
         bad = [row.row - rows.start for row in quarantined]
         if lengths is not None:
@@ -378,10 +412,11 @@ class ArrayWriter:
             # Tokens behind a row's own are padding, whatever the encoder left there.
             beyond = np.arange(layout.tokens or 0) >= chunks["length"][: len(rows), None]
             chunk[: len(rows)][beyond] = 0
-            gaps[: len(rows)][beyond] = 0
+            nan_marked[: len(rows)][beyond] = 0
         if layout.scaled:
             chunk[bad] = 0
-        gaps[bad] = np.nan
+        # After the padding, which would hide that these rows are missing.
+        nan_marked[bad] = np.nan
         status[bad] = QUARANTINED
         return chunks
 
@@ -419,10 +454,10 @@ class ArrayWriter:
 
 
 def _describe(payload: tuple[Buffer, ...]) -> ObjectRecord:
-    data = b"".join(payload)
+    n_bytes = sum(memoryview(buffer).nbytes for buffer in payload)
     # Chunks have two buffers: the data, and their crc32c.
     check = int.from_bytes(payload[-1], "little") if len(payload) == 2 else None
-    return ObjectRecord(len(data), blake3=content_hash(data), crc32c=check)
+    return ObjectRecord(n_bytes, blake3=hash_buffers(payload), crc32c=check)
 
 
 def checksum(data: memoryview) -> int:

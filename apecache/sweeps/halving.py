@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from apecache.errors import RecipeError
 from apecache.metrics.retrieval import chance_recalls
@@ -27,7 +27,7 @@ from apecache.sweeps.samplers import ask_optuna
 from apecache.sweeps.space import Space, Values
 from apecache.sweeps.trials import Trial, interval, write_trials
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training
+from apecache.train.fit import HeadFit, StepCount
 from apecache.train.head_data import FitSpec
 from apecache.train.initial import initial_model
 
@@ -75,45 +75,55 @@ class SweepData:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialPlan:
-    """Name a trial before it is fitted: its number, its point of the space and its recipe."""
+    """FitKey a trial before it is fitted: its number, its point of the space and its recipe."""
 
     number: int
     values: Values
     recipe: Recipe
 
 
-Name = tuple[int, int]
+FitKey = tuple[int, int]
 """The trial's number, and the position of the seed among the trial's seeds."""
-Results = dict[Name, tuple[float, int, str]]
-"""For each fit: best mean recall on dev, epochs trained, and the error ("" without one)."""
+
+
+class FitResult(NamedTuple):
+    """Hold what a fit reached at the end of a rung."""
+
+    recall: float
+    """Best mean recall on dev, in percent; minus infinity if the fit failed."""
+    epochs: int
+    """Epochs trained."""
+    error: str
+    """Why the fit failed; empty if it did not."""
+
+
+Results = dict[FitKey, FitResult]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitGroup:
-    """Name the fits that train together up to a share of their epochs."""
+    """Name the fits that train together up to a fraction of their epochs."""
 
-    names: tuple[Name, ...]
+    keys: tuple[FitKey, ...]
     values: tuple[str, ...]
     """The point of each fit's trial, as JSON."""
     rung: int
-    share: int
-    """The fits train to one `share`-th of their epochs."""
+    divisor: int
+    """The fits train up to their number of epochs divided by this."""
 
     @staticmethod
-    def of(fits: Sequence[tuple[TrialPlan, int]], rung: int, share: int) -> "FitGroup":
-        """Build the group of these (trial, seed) fits."""
-        names = []
+    def of(fits: Sequence[tuple[TrialPlan, int]], rung: int, divisor: int) -> "FitGroup":
+        """Build the group of these fits: (trial, position of the seed)."""
+        keys = []
         values = []
-        for trial, seed in fits:
-            names.append((trial.number, seed))
+        for trial, seed_position in fits:
+            keys.append((trial.number, seed_position))
             values.append(json.dumps(trial.values))
-        return FitGroup(names=tuple(names), values=tuple(values), rung=rung, share=share)
+        return FitGroup(keys=tuple(keys), values=tuple(values), rung=rung, divisor=divisor)
 
     def __str__(self) -> str:
-        return (
-            f"a population of {len(self.names)} heads, of which the first is trial "
-            f"{self.names[0][0]},"
-        )
+        first_trial, _ = self.keys[0]
+        return f"a population of {len(self.keys)} heads, of which the first is trial {first_trial},"
 
 
 class TrialBatch:
@@ -149,63 +159,85 @@ class TrialBatch:
             RecipeError: A trial failed, and the spec has no `keep_going`.
         """
         (self.out / WORK).mkdir(exist_ok=True)
-        shares = [1]
+        divisors = [1]
         if self.spec.halving:
-            shares = [ETA**power for power in reversed(range(self.spec.rungs))]
-        present = list(planned)
-        for rung, share in enumerate(shares):
-            last = share == 1
-            self._climb(present, rung=rung, share=share, last=last)
-            if not last:
-                present = self._promoted(present)
+            divisors = [ETA**power for power in reversed(range(self.spec.rungs))]
+        remaining = list(planned)
+        for rung, divisor in enumerate(divisors):
+            self._train_rung(remaining, rung=rung, divisor=divisor)
+            if divisor > 1:
+                remaining = self._promoted(remaining)
         # Checkpoints and results of rungs are read again after an interruption: keep them until
         # every trial has its line.
         shutil.rmtree(self.out / WORK)
 
-    def _climb(self, planned: Sequence[TrialPlan], rung: int, share: int, last: bool) -> None:
-        """Train all trials up to a share of their epochs; read what an earlier process trained."""
+    def _train_rung(self, planned: Sequence[TrialPlan], rung: int, divisor: int) -> None:
+        """Train all trials of a rung; read what an earlier process trained.
+
+        Args:
+            planned: The trials that reached the rung.
+            rung: Number of the rung, from 0.
+            divisor: The fits train up to their number of epochs divided by this. 1 on the last
+                rung, where a trial ends as soon as all its fits have results.
+        """
+        members: dict[FitKey, HeadFit] = {}
         fits = []
-        members = []
-        plans = []
         for trial in planned:
-            for seed in range(self.spec.seeds):
-                member = self._member(trial, seed, rung)
+            for seed_position in range(self.spec.seeds):
+                member = self._member(trial, seed_position)
                 if member is not None:
-                    fits.append((trial, seed))
-                    members.append(member)
-        for member in members:
-            plans.append(StepCount.of(member.recipe, self.data.train))
+                    fits.append((trial, seed_position))
+                    members[trial.number, seed_position] = member
+        groups = self._groups(fits, members=members, rung=rung, divisor=divisor)
+        finished = []
+        missing = []
+        for group in groups:
+            if self._result_file(group).is_file():
+                finished.append((group, self._read_results(group)))
+            else:
+                missing.append(group)
+        for group, results in chain(finished, self.train_groups(missing, members)):
+            self.results |= results
+            rows = [(key, results[key]) for key in group.keys]
+            # Results before the checkpoint goes: an interruption in between loses nothing.
+            replace_text(self._result_file(group), json.dumps(rows))
+            shutil.rmtree(self._population_folder(group), ignore_errors=True)
+            if divisor == 1:
+                for trial in planned:
+                    self.finish(trial, "done")
+        for trial in planned:
+            if self._failures(trial):
+                self.finish(trial, "failed")
+
+    def _groups(
+        self,
+        fits: Sequence[tuple[TrialPlan, int]],
+        members: Mapping[FitKey, HeadFit],
+        rung: int,
+        divisor: int,
+    ) -> list[FitGroup]:
+        """Divide the fits of a rung into populations.
+
+        An interrupted sweep divides them in the same way, since its settings are fixed. So the
+        first fit of a group is enough to name the group's files.
+        """
+        fits_to_train = [members[trial.number, seed_position] for trial, seed_position in fits]
         positions_of_groups = split_members(
-            members,
-            plans=plans,
+            fits_to_train,
+            plans=[StepCount.of(member.recipe, self.data.train) for member in fits_to_train],
             most=self.spec.population,
             max_bytes=self.spec.memory_bytes,
         )
         groups = []
         for positions in positions_of_groups:
-            group_fits = [fits[i] for i in positions]
-            groups.append(FitGroup.of(group_fits, rung, share))
-        missing = [group for group in groups if not self._file(group).is_file()]
-        finished = [(group, self._read(group)) for group in groups if group not in missing]
-        by_name = {}
-        for (trial, seed), member in zip(fits, members, strict=True):
-            by_name[trial.number, seed] = member
-        for group, results in chain(finished, self.train_groups(missing, by_name)):
-            self.results |= results
-            rows = [(name, results[name]) for name in group.names]
-            # Results before the checkpoint goes: an interruption in between loses nothing.
-            replace_text(self._file(group), json.dumps(rows))
-            shutil.rmtree(self._under_way(group), ignore_errors=True)
-            for trial in planned if last else ():
-                self.finish(trial, "done")
-        for trial in planned:
-            if self._failures(trial):
-                self.finish(trial, "failed")
+            group_fits = [fits[position] for position in positions]
+            groups.append(FitGroup.of(group_fits, rung, divisor))
+        return groups
 
     def train_groups(
         self,
         groups: Sequence[FitGroup],
-        members: Mapping[Name, Training],
+        members: Mapping[FitKey, HeadFit],
     ) -> Iterator[tuple[FitGroup, Results]]:
         """Train groups one after the other.
 
@@ -217,34 +249,36 @@ class TrialBatch:
             Each group with its results, as soon as it is trained.
         """
         for group in groups:
-            group_members = [members[name] for name in group.names]
+            group_members = [members[key] for key in group.keys]
             yield group, self._train(group, group_members)
 
     def train_group(self, group: FitGroup) -> Results:
         """Train one group in a process that has not planned it."""
         members = []
         points = map(json.loads, group.values)
-        for (number, seed), values in zip(group.names, points, strict=True):
+        for (number, seed_position), values in zip(group.keys, points, strict=True):
             recipe = self.space.recipe(values)
             trial = TrialPlan(number=number, values=values, recipe=recipe)
-            member = self._member(trial, seed, group.rung)
-            if member is not None:
-                members.append(member)
+            member = self._member(trial, seed_position)
+            # The process that planned the group has built each of its fits once.
+            assert member is not None
+            members.append(member)
         return self._train(group, members)
 
-    def _file(self, group: FitGroup) -> Path:
-        number, seed = group.names[0]
-        return self.out / WORK / f"{group.rung}-{number}-{seed}.json"
+    def _result_file(self, group: FitGroup) -> Path:
+        """Return the file of a group's results at the end of its rung."""
+        number, seed_position = group.keys[0]
+        return self.out / WORK / f"{group.rung}-{number}-{seed_position}.json"
 
-    def _read(self, group: FitGroup) -> Results:
-        rows = json.loads(self._file(group).read_text("utf-8"))
-        return {tuple(name): tuple(result) for name, result in rows}
+    def _read_results(self, group: FitGroup) -> Results:
+        rows = json.loads(self._result_file(group).read_text("utf-8"))
+        return {tuple(key): FitResult(*result) for key, result in rows}
 
-    def _member(self, trial: TrialPlan, seed: int, rung: int) -> Training | None:
-        """Build a fit as it stands at the beginning of a rung; None for one that failed."""
-        key = (trial.number, seed)
-        fit_seed = self.spec.fit.seed + seed
-        if self.results.get(key, (0, 0, ""))[2]:
+    def _member(self, trial: TrialPlan, seed_position: int) -> HeadFit | None:
+        """Build a fit before its first step; None for one that failed."""
+        key = (trial.number, seed_position)
+        fit_seed = self.spec.fit.seed + seed_position
+        if key in self.results and self.results[key].error:
             return None
         try:
             self.data.require_kinds(trial.recipe)
@@ -254,37 +288,39 @@ class TrialBatch:
                 dev=self.data.dev,
                 seed=fit_seed,
             )
-            member = Training(model, trial.recipe, fit_seed)
+            member = HeadFit(model, trial.recipe, fit_seed)
             if member.optimizer is None and StepCount.of(trial.recipe, self.data.train).n_steps:
                 raise RecipeError(f"recipe {trial.recipe.name}: nothing would be trained")
         except RecipeError as error:
-            self.results[key] = (-math.inf, 0, str(error))
+            self.results[key] = FitResult(recall=-math.inf, epochs=0, error=str(error))
             return None
         return member
 
-    def _train(self, group: FitGroup, members: Sequence[Training]) -> Results:
+    def _train(self, group: FitGroup, members: Sequence[HeadFit]) -> Results:
         # `fit_head` seeds torch's generators with one more than the seed of the weights.
-        seeds = [self.spec.fit.seed + seed + 1 for _, seed in group.names]
+        seeds = [self.spec.fit.seed + seed_position + 1 for _, seed_position in group.keys]
         streams = MemberGenerators.seeded(seeds, self.data.train.place)
-        under_way = self._under_way(group)
+        population_folder = self._population_folder(group)
         plan = StepCount.of(members[0].recipe, self.data.train)
-        if (under_way / CHECKPOINT).is_file():
-            restore_members(members, streams, *load_checkpoint(under_way))
+        # An interrupted population resumes, a later rung begins where the last one ended, and the
+        # first rung begins with new weights.
+        if (population_folder / CHECKPOINT).is_file():
+            restore_members(members, streams, *load_checkpoint(population_folder))
         elif group.rung:
             for i, member in enumerate(members):
                 with streams.alone(i):
-                    folder = self._folder(group.names[i], group.rung - 1)
+                    folder = self._fit_folder(group.keys[i], group.rung - 1)
                     member.restore(*load_checkpoint(folder))
         # Rounded up: the first rung trains at least one epoch.
-        n_epochs = -(-plan.n_epochs // group.share)
+        n_epochs = -(-plan.n_epochs // group.divisor)
         saved = time.monotonic()
 
         def save() -> None:
             nonlocal saved
             if time.monotonic() - saved >= self.spec.fit.save_seconds:
-                under_way.mkdir(exist_ok=True)
+                population_folder.mkdir(exist_ok=True)
                 tensors, state = members_state(members, streams)
-                save_checkpoint(under_way, tensors, state)
+                save_checkpoint(population_folder, tensors, state)
                 saved = time.monotonic()
 
         failures = train_together(
@@ -297,26 +333,30 @@ class TrialBatch:
             save,
         )
         results: Results = {}
-        for i, (name, member) in enumerate(zip(group.names, members, strict=True)):
+        for i, (key, member) in enumerate(zip(group.keys, members, strict=True)):
             # Not -inf, which `write_trials` refuses: a fit without a finite recall ranks last.
             recall = member.best.recall if math.isfinite(member.best.recall) else -1.0
-            results[name] = (recall, member.epoch, failures.get(i, ""))
-            if group.share > 1 and i not in failures:
-                folder = self._folder(name, group.rung)
+            results[key] = FitResult(
+                recall=recall,
+                epochs=member.epoch,
+                error=failures.get(i, ""),
+            )
+            if group.divisor > 1 and i not in failures:
+                folder = self._fit_folder(key, group.rung)
                 folder.mkdir(exist_ok=True)
                 with streams.alone(i):
                     save_checkpoint(folder, member.tensors(), member.state())
         return results
 
-    def _folder(self, name: Name, rung: int) -> Path:
+    def _fit_folder(self, key: FitKey, rung: int) -> Path:
         """Return where a fit's checkpoint at the end of a rung is."""
-        number, seed = name
-        return self.out / WORK / f"{rung}-member-{number}-{seed}"
+        number, seed_position = key
+        return self.out / WORK / f"{rung}-member-{number}-{seed_position}"
 
-    def _under_way(self, group: FitGroup) -> Path:
+    def _population_folder(self, group: FitGroup) -> Path:
         """Return where the checkpoint of a population is while it trains."""
-        number, seed = group.names[0]
-        return self.out / WORK / f"{group.rung}-population-{number}-{seed}"
+        number, seed_position = group.keys[0]
+        return self.out / WORK / f"{group.rung}-population-{number}-{seed_position}"
 
     def _promoted(self, planned: Sequence[TrialPlan]) -> list[TrialPlan]:
         """Return the best third of the trials that did not fail; end the others."""
@@ -330,21 +370,24 @@ class TrialBatch:
         return sorted(order[:n_promoted], key=lambda trial: trial.number)
 
     def _recalls(self, trial: TrialPlan) -> list[float]:
-        return [self.results[trial.number, seed][0] for seed in range(self.spec.seeds)]
+        keys = self._keys(trial)
+        return [self.results[key].recall for key in keys]
+
+    def _keys(self, trial: TrialPlan) -> list[FitKey]:
+        """Return the keys of a trial's fits, in the order of their seeds."""
+        return [(trial.number, seed_position) for seed_position in range(self.spec.seeds)]
 
     def _failures(self, trial: TrialPlan) -> list[str]:
         """Return the errors of a trial's fits, in the order of their seeds."""
         errors = []
-        for seed in range(self.spec.seeds):
-            result = self.results.get((trial.number, seed))
-            if result and result[2]:
-                errors.append(result[2])
+        for key in self._keys(trial):
+            if key in self.results and self.results[key].error:
+                errors.append(self.results[key].error)
         return errors
 
     def _is_done(self, trial: TrialPlan) -> bool:
         """Return whether all fits of a trial have results, and none failed."""
-        keys = {(trial.number, seed) for seed in range(self.spec.seeds)}
-        return not self._failures(trial) and keys <= set(self.results)
+        return not self._failures(trial) and self.results.keys() >= set(self._keys(trial))
 
     def finish(self, one: TrialPlan, state: str) -> None:
         """Record a trial once. Do nothing if it is to be `done` and some fits have no result.
@@ -383,8 +426,7 @@ class TrialBatch:
     def _measured(self, trial: Trial, planned: TrialPlan) -> Trial:
         """Add the epochs, recalls, interval and chance of a trial's fits."""
         recalls = self._recalls(planned)
-        keys = [(planned.number, seed) for seed in range(self.spec.seeds)]
-        epochs = max(self.results[key][1] for key in keys)
+        epochs = max(self.results[key].epochs for key in self._keys(planned))
         dev = self.data.dev
         to_text, to_image = chance_recalls(dev.image_of_text, len(dev), relevance=dev.relevance)
         chance = fmean([*to_text.values(), *to_image.values()])
@@ -421,8 +463,9 @@ def plan_trials(
                 raise RecipeError(f"recipe {recipe.name} trains within the towers; use fit-encoder")
             planned.append(TrialPlan(number=number, values=values, recipe=recipe))
         except RecipeError as error:
-            for seed in range(spec.seeds):
-                trial_batch.results[number, seed] = (-math.inf, 0, str(error))
+            for seed_position in range(spec.seeds):
+                failure = FitResult(recall=-math.inf, epochs=0, error=str(error))
+                trial_batch.results[number, seed_position] = failure
             no_recipe = Recipe.model_construct(name="")
             trial_batch.finish(TrialPlan(number=number, values=values, recipe=no_recipe), "failed")
     return planned

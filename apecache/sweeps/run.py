@@ -29,6 +29,7 @@ from apecache.sweeps.trials import Trial, ranked, read_trials
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec, load_splits, require_kind
 from apecache.train.keep_list import digest_keep_list
+from apecache.train.pooling import require_pooling
 
 __all__ = ["SweepReport", "SweepSpec", "Trial", "read_trials", "sweep"]
 
@@ -139,6 +140,8 @@ def load_data(store: FeatureStore, fit: FitSpec, memory_bytes: int) -> SweepData
     )
 
     def require_kinds(recipe: Recipe) -> None:
+        require_pooling(image, recipe)
+        require_pooling(text, recipe)
         require_kind(image, recipe.image, recipe.name)
         require_kind(text, recipe.text, recipe.name)
 

@@ -15,6 +15,7 @@ from apecache.errors import RecipeError, counted, nearest
 from apecache.heads.head import mask_of
 from apecache.losses.contrastive import Groups
 from apecache.metrics.relevance import Relevance
+from apecache.recipes.schedule import Epoch
 from apecache.store.table import PairTable
 
 BLOCK = 8
@@ -95,6 +96,21 @@ class Batch:
     """Which images belong with which texts; None: row with row."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EpochRows:
+    """Hold the rows that an epoch reads, on the CPU, in the order of its batches."""
+
+    order: Tensor
+    """int64 [n], images of all batches."""
+    captions: Tensor
+    """int64 [n, k], their captions."""
+    images: Tensor
+    """int64 [n], rows of the image features; with views, of the features with both first axes
+    flattened."""
+    texts: Tensor
+    """int64 [n, k], as `images`."""
+
+
 def require_images(train: FeaturePairs, dev: FeaturePairs) -> None:
     """Check that there are wrong answers to learn from.
 
@@ -115,10 +131,15 @@ def require_images(train: FeaturePairs, dev: FeaturePairs) -> None:
             )
 
 
-def n_batches(pairs: FeaturePairs, batch_size: int) -> int:
-    """Count the whole batches of an epoch. A batch of more images than there are holds them all."""
-    size = min(batch_size, len(pairs))
-    return max(1, len(pairs) // size)
+def n_items(pairs: FeaturePairs, epoch: Epoch) -> int:
+    """Count the images, or the pairs of an image and a caption, that an epoch goes through."""
+    return len(pairs.text) if epoch == "pairs" else len(pairs)
+
+
+def n_batches(pairs: FeaturePairs, batch_size: int, epoch: Epoch = "images") -> int:
+    """Count the whole batches of an epoch. A batch of more items than there are holds them all."""
+    count = n_items(pairs, epoch)
+    return max(1, count // min(batch_size, count))
 
 
 def batches(
@@ -127,57 +148,53 @@ def batches(
     generator: torch.Generator,
     captions: int = 1,
     skip: int = 0,
+    epoch: Epoch = "images",
 ) -> Iterator[Batch]:
-    """Draw the batches of one epoch: every image at most once, in random order.
+    """Draw the batches of one epoch: every image, or every pair, at most once, in random order.
 
     Args:
         pairs: Images and texts.
-        batch_size: Images in a batch. An incomplete batch at the end is left out.
+        batch_size: Images (or pairs) in a batch. An incomplete batch at the end is left out.
         generator: CPU generator of the random numbers.
         captions: Captions of each image in a batch, different ones drawn at random. An image with
-            fewer captions repeats them.
+            fewer captions repeats them. An epoch of pairs has one.
         skip: Batches at the beginning that are left out, for an epoch that is resumed.
+        epoch: What the epoch goes through.
 
     Yields:
         Batches on the device of the pairs. `groups` is None if all positives are row with row.
     """
-    size = min(batch_size, len(pairs))
-    # All is drawn on the CPU before the first batch: a seed gives the same batches on every device,
-    # and with every `skip`.
-    order = torch.randperm(len(pairs), generator=generator)
-    caption_rows = _draw_captions(pairs, order=order, captions=captions, generator=generator)
-    images = _draw_views(order, features=pairs.image, views=pairs.image_views, generator=generator)
-    texts = _draw_views(
-        caption_rows,
-        features=pairs.text,
-        views=pairs.text_views,
+    size = min(batch_size, n_items(pairs, epoch))
+    rows = draw_rows(
+        pairs,
+        batch_size=batch_size,
         generator=generator,
+        captions=captions,
+        skip=skip,
+        epoch=epoch,
     )
-    batch_span = slice(skip * size, len(pairs) - len(pairs) % size)
-    image_batches = _gather(
+    image_batches = gather(
         pairs.image,
-        rows=images[batch_span],
+        rows=rows.images,
         size=size,
         device=pairs.place,
         views=pairs.image_views,
     )
-    text_batches = _gather(
+    text_batches = gather(
         pairs.text,
-        rows=texts[batch_span].flatten(),
+        rows=rows.texts.flatten(),
         size=size * captions,
         device=pairs.place,
         views=pairs.text_views,
     )
-    used_order = order[batch_span]
-    used_captions = caption_rows[batch_span]
-    image_lengths = _gather_lengths(pairs.image_lengths, used_order, size, pairs.place)
+    image_lengths = _gather_lengths(pairs.image_lengths, rows.order, size, pairs.place)
     text_lengths = _gather_lengths(
         pairs.text_lengths,
-        rows=used_captions.flatten(),
+        rows=rows.captions.flatten(),
         size=size * captions,
         device=pairs.place,
     )
-    groups_of_batches = _groups(pairs, used_order, used_captions, size)
+    groups_of_batches = groups_of(pairs, rows.order, rows.captions, size)
     for image, text, image_length, text_length, groups in zip(
         image_batches,
         text_batches,
@@ -193,6 +210,41 @@ def batches(
             text_mask=None if text_length is None else mask_of(text_length, text),
             groups=groups,
         )
+
+
+def draw_rows(
+    pairs: FeaturePairs,
+    batch_size: int,
+    generator: torch.Generator,
+    captions: int,
+    skip: int = 0,
+    epoch: Epoch = "images",
+) -> EpochRows:
+    """Draw the rows of an epoch. See `batches`."""
+    count = n_items(pairs, epoch)
+    size = min(batch_size, count)
+    # All is drawn on the CPU before the first batch: a seed gives the same batches on every device,
+    # and with every `skip`.
+    order = torch.randperm(count, generator=generator)
+    if epoch == "pairs":
+        caption_rows = order.unsqueeze(1)
+        order = pairs.image_of_text[order]
+    else:
+        caption_rows = _draw_captions(pairs, order=order, captions=captions, generator=generator)
+    images = _draw_views(order, features=pairs.image, views=pairs.image_views, generator=generator)
+    texts = _draw_views(
+        caption_rows,
+        features=pairs.text,
+        views=pairs.text_views,
+        generator=generator,
+    )
+    batch_span = slice(skip * size, count - count % size)
+    return EpochRows(
+        order=order[batch_span],
+        captions=caption_rows[batch_span],
+        images=images[batch_span],
+        texts=texts[batch_span],
+    )
 
 
 def _draw_captions(
@@ -226,7 +278,7 @@ def _draw_views(rows: Tensor, features: Tensor, views: bool, generator: torch.Ge
     return rows * n_views + drawn_views
 
 
-def _gather(
+def gather(
     features: Tensor,
     rows: Tensor,
     size: int,
@@ -264,10 +316,10 @@ def _gather_lengths(
     """Yield the numbers of valid tokens, int64 [size], of each batch; None without lengths."""
     if lengths is None:
         return repeat(None, -(-len(rows) // size))
-    return _gather(lengths, rows=rows, size=size, device=device, views=False)
+    return gather(lengths, rows=rows, size=size, device=device, views=False)
 
 
-def _groups(
+def groups_of(
     pairs: FeaturePairs,
     order: Tensor,
     caption_rows: Tensor,
@@ -319,10 +371,12 @@ def _group_numbers(pairs: FeaturePairs, rows: Tensor, caption_rows: Tensor) -> T
         int64 [n], on the CPU: the group of each image; None if row belongs to row and to no other.
     """
     n_captions = caption_rows.shape[1]
-    all_differ = pairs.content is None and pairs.caption_ids is None
+    # In an epoch of pairs an image can stand in a batch several times.
+    repeats = len(rows.unique()) < len(rows)
+    all_differ = pairs.content is None and pairs.caption_ids is None and not repeats
     if all_differ and n_captions == 1:
         return None
-    image_groups = torch.arange(len(rows))
+    image_groups: Tensor = rows.unique(return_inverse=True)[1]
     if pairs.content is not None:
         image_groups = pairs.content[rows].unique(return_inverse=True)[1]
     if pairs.caption_ids is not None:
@@ -401,8 +455,7 @@ def choose_splits(
         dev = pairs.splits == _resolve_split(pairs, spec.dev, "dev")
         if (train & dev).any():
             raise RecipeError(
-                f"--dev-split {spec.dev} is the training split: what is chosen on must not be "
-                "trained on"
+                f"--dev-split {spec.dev} is the training split; choose the epoch on another split"
             )
         return train, dev
     rows = np.flatnonzero(train)
@@ -438,5 +491,8 @@ def _resolve_split(pairs: PairTable, name: str | None, usual: str) -> str:
             for split, count in images_per_split.items()
         )
         hint = nearest(split_name, images_per_split)
-        raise RecipeError(f"no split {split_name!r} in the store; found: {available}{hint}")
+        remedy = "; make splits with: apecache split STORE --fraction train=.9,val=.1"
+        if any(images_per_split):
+            remedy = hint
+        raise RecipeError(f"no split {split_name!r} in the store; found: {available}{remedy}")
     return split_name

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apecache.arguments import AnyPath
+from apecache.data.recorded import RecordedImages
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.layers import resolve_layer
 from apecache.encoders.load import load_classifier, load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, Pooling
 from apecache.encoders.tower import tower_of
-from apecache.errors import MismatchError, OptionError, RecipeError
+from apecache.errors import MismatchError, RecipeError
 from apecache.fingerprint import Fingerprint, Modality
 from apecache.recipes.recipe import Recipe
 from apecache.store.array import FeatureArray
@@ -38,7 +39,8 @@ from apecache.train.live import (
     TextInputs,
     TokenInputs,
 )
-from apecache.train.selection import Features, select_pairs
+from apecache.train.paired_rows import Features, select_pairs
+from apecache.train.pooling import cached_array
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ class FitEncoderSpec:
 
     Gradients stay those of the whole batch.
     """
-    autocast: Literal["float32", "bfloat16"] = "float32"
-    """Dtype in which the towers compute. Parameters stay float32."""
+    autocast: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype in which the towers compute. Parameters stay float32. `auto`: bfloat16 on CUDA, else
+    float32."""
     device: str = "auto"
     """Device of the fit."""
     overwrite: bool = False
@@ -84,6 +87,12 @@ class FitEncoderSpec:
 
     See `apecache.train.warm_start`.
     """
+
+    def uses_bfloat16(self, device: torch.device) -> bool:
+        """Check whether the towers compute in bfloat16 on a device."""
+        if self.autocast == "auto":
+            return device.type == "cuda"
+        return self.autocast == "bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +146,18 @@ def open_source(
     Raises:
         RecipeError: The features are not of the kind that the side needs.
         EncoderError: The encoder cannot be loaded.
-        MismatchError: Cached tokens are of other weights than the encoder's.
+        MismatchError: Cached tokens are of other weights than the encoder's, or cached features are
+            pooled in another way than the recipe says.
     """
     named = spec.image if side == "image" else spec.text
     name = spec.image_features if side == "image" else spec.text_features
     live = recipe.towers.may_train(side) or not spec.cache
     # A live side whose encoder is named does not need features in the store.
-    array = None if live and named else store.array(side, name)
+    array: FeatureArray | None = None
+    if not live:
+        array = cached_array(store, recipe=recipe, side=side, name=name)
+    elif not named:
+        array = store.array(side, name)
     ok = array.load_ok() if array else None
     if not live:
         assert array is not None
@@ -212,6 +226,11 @@ def _with_tokens(
         raise MismatchError(
             f"{encoder.spec} is not what {source.side} features {array.name} were made with; "
             "extract again"
+        )
+    if tower_of(encoder).sees_padding:
+        raise RecipeError(
+            f"{source.side} features {array.name} leave out the padding of the texts, which "
+            f"{encoder.spec} sees; choose pooled features, or name the encoder with --text"
         )
     cut = resolve_layer(encoder.module, array.record.spec)
     if not isinstance(cut, int) or array.views is not None:
@@ -339,7 +358,8 @@ def open_inputs(
     """Open the inputs of a side: cached features, cached tokens, texts or images.
 
     Raises:
-        OptionError: The side runs from pixels, and `open_image` is None.
+        OptionError: The side runs from pixels, and the images are not where the store recorded
+            them.
     """
     encoder = source.encoder
     if source.features is not None:
@@ -353,13 +373,13 @@ def open_inputs(
     if isinstance(encoder, TextEncoder):
         return TextInputs.of(encoder, [str(caption) for caption in store.pairs.captions])
     assert encoder is not None
-    if open_image is None:
-        raise OptionError(
-            "the image tower runs from pixels, so it needs the images; give their folder (--root)"
-        )
+    images = open_image or RecordedImages(store.last_source)
+    if isinstance(images, RecordedImages):
+        # An early error: the first image is read after the encoders are loaded.
+        images.require()
     return ImageInputs(
         keys=list(store.pairs.keys),
-        open_image=open_image,
+        open_image=images,
         preprocess=encoder.preprocess,
         device=encoder.device,
     )

@@ -28,9 +28,10 @@ from apecache.train.encoder_data import (
     open_teacher,
     split_rows,
 )
-from apecache.train.encoder_fit import image_views
 from apecache.train.live import Inputs, OpenImage
+from apecache.train.pretrained import with_own_scale
 from apecache.train.ranks import Ranks
+from apecache.train.tower_fit import image_views
 from apecache.train.warm_start import begin_from, open_start
 
 
@@ -127,6 +128,7 @@ def set_up(
     """
     image = open_source(store, recipe=recipe, side="image", spec=spec, device=device)
     text = open_source(store, recipe=recipe, side="text", spec=spec, device=device)
+    recipe = with_own_scale(recipe, image.encoder_spec, text.encoder_spec)
     teacher = open_teacher(store, recipe, device)
     start = None
     if spec.init_from is not None:
@@ -212,17 +214,22 @@ def require_sensible(recipe: Recipe, spec: FitEncoderSpec, ranks: Ranks) -> None
 
 
 ONLY: dict[str, tuple[object, str]] = {
-    "init": ("random", "a closed form needs the features of both sides"),
     "augmentation.noise": (0.0, "noise is for cached features; see augmentation.image"),
     "augmentation.mixup": (0.0, "mixup is for cached features"),
     "augmentation.token_dropout": (0.0, "it is for heads on cached tokens"),
 }
 """Settings with only one possible value in this trainer: the value, and why."""
+INITS = ("random", "pretrained")
 
 
 def _require_known(recipe: Recipe) -> None:
     """Refuse settings that this trainer would ignore silently."""
     values = recipe.model_dump()
+    if recipe.init not in INITS:
+        raise RecipeError(
+            f"recipe {recipe.name}: init is {recipe.init}; fit-encoder takes "
+            f"{' or '.join(INITS)} only: a closed form needs the features of both sides"
+        )
     for path, (only, why) in ONLY.items():
         value: Any = values
         for key in path.split("."):

@@ -19,10 +19,11 @@ from apecache.heads.head import embed
 from apecache.metrics.retrieval import RetrievalReport, retrieval_report
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training, seeded
+from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model
 from apecache.train.loop import run_training
 from apecache.train.model import AlignmentModel
+from apecache.train.recorded_steps import recorded_steps
 
 if TYPE_CHECKING:
     from sklearn.utils import Tags
@@ -98,16 +99,18 @@ class AlignmentHead(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstim
             device=resolve_device(self.device),
         )
         model, _ = initial_model(recipe, train=train, dev=dev, seed=seed)
-        training = Training(model, recipe, seed)
+        training = HeadFit(model, recipe, seed)
         # Another seed than that of the weights, so that the two draws are independent.
         with seeded(seed + 1, train.place):
+            plan = StepCount.of(recipe, train)
             run_training(
                 training,
                 train=train,
                 dev=dev,
-                plan=StepCount.of(recipe, train),
+                plan=plan,
                 log=lambda _: None,
                 save=lambda _: None,
+                recorded=recorded_steps(training, train, plan),
             )
         model.load_state_dict(training.best.weights)
         self.model_: AlignmentModel = model.eval().requires_grad_(False)

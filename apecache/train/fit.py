@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -26,11 +26,9 @@ from apecache.recipes.recipe import Recipe
 from apecache.runs.checkpoint import flatten_optimizer, restore_optimizer
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs, n_batches
+from apecache.train.best_epoch import BestEvaluation
 from apecache.train.model import AlignmentModel, evaluate_model
 from apecache.train.optim import build_optimizer
-
-SCALE = "temperature.log_scale"
-"""Name of the temperature's parameter in the state of a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,7 @@ class StepCount:
     def of(recipe: Recipe, train: FeaturePairs) -> "StepCount":
         """Plan the steps of a recipe on these pairs."""
         # An epoch with fewer batches than `accumulate` is one step.
-        count = n_batches(train, recipe.schedule.batch_size)
+        count = n_batches(train, recipe.schedule.batch_size, recipe.schedule.epoch)
         accumulate = min(recipe.schedule.accumulate, count)
         per_epoch = count // accumulate
         return StepCount(
@@ -63,30 +61,18 @@ class StepCount:
         )
 
 
-@dataclass(kw_only=True)
-class BestEvaluation:
-    """Hold the evaluation that is best on dev so far."""
-
-    epoch: int = 0
-    """Epoch of the evaluation."""
-    recall: float = -math.inf
-    """Mean recall on dev, in percent."""
-    stale: int = 0
-    """Evaluations since then."""
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    """Copy of the evaluated weights; empty before the first evaluation that counts."""
-
-
 class Trainable(Protocol):
     """Describe what a fit and its checks need of a model.
 
-    `rates` returns what trains, with factors of the learning rate. `kept_state` returns all that a
+    `rates` returns what trains, with factors of the learning rate, and `undecayed` what of it is
+    not decayed whatever its dimensions. `kept_state` returns all that a
     fit can change, the temperature included, by the names of `named_parameters` and buffers.
     """
 
     @property
     def temperature(self) -> Any: ...
     def rates(self) -> list[tuple[nn.Parameter, float]]: ...
+    def undecayed(self) -> list[nn.Parameter]: ...
     def kept_state(self) -> dict[str, Tensor]: ...
     def load_kept(self, tensors: Mapping[str, Tensor]) -> None: ...
     def clamp(self) -> None: ...
@@ -116,10 +102,10 @@ class Fit(ABC, Generic[Model]):
         self.model = model
         self.recipe = recipe
         rates = model.rates()
-        self.optimizer = (
-            build_optimizer(rates, recipe.optimizer) if rates and _has_steps(recipe) else None
-        )
-        self.device = model.kept_state()[SCALE].device
+        self.optimizer = None
+        if rates and _has_steps(recipe):
+            self.optimizer = build_optimizer(rates, recipe.optimizer, model.undecayed())
+        self.device = model.temperature.parameter.device
         self.average = cloned_tensors(model.kept_state()) if recipe.optimizer.ema else None
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch_draws = self.generator.get_state()
@@ -267,7 +253,7 @@ class Fit(ABC, Generic[Model]):
         set_generator_states([states["cpu"], *of_device], self.device)
 
 
-class Training(Fit[AlignmentModel]):
+class HeadFit(Fit[AlignmentModel]):
     """Fit heads on cached features."""
 
     def evaluate(self, dev: FeaturePairs) -> RetrievalReport:

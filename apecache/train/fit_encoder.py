@@ -27,8 +27,8 @@ from apecache.runs.ledger import Ledger, ResourceMeter, save_ledger
 from apecache.runs.model_card import save_encoder_card
 from apecache.storage.replace import remove_tensors
 from apecache.store.reader import FeatureStore
+from apecache.train.batches import n_items
 from apecache.train.encoder_data import FitEncoderSpec
-from apecache.train.encoder_fit import EncoderFit
 from apecache.train.encoder_setup import PreparedFit, require_sensible, set_up
 from apecache.train.fit import StepCount, seeded
 from apecache.train.lint.checks import lint_encoder_data
@@ -44,6 +44,7 @@ from apecache.train.session import (
     run_in_folder,
     used_values,
 )
+from apecache.train.tower_fit import EncoderFit
 
 FILES = (WEIGHTS, DESCRIPTION)
 
@@ -121,6 +122,9 @@ def fit_encoder(
     out = as_path(out, "out")
     spec = spec or FitEncoderSpec()
     device = resolve_device(own_device(spec.device))
+    if spec.autocast == "auto":
+        # Decided before the fit is identified: a checkpoint names the type that it was made with.
+        spec = replace(spec, autocast="bfloat16" if spec.uses_bfloat16(device) else "float32")
     with joined(device) as ranks:
         require_sensible(recipe, spec, ranks)
         require_usable(out, spec.overwrite, FILES)
@@ -153,6 +157,8 @@ def _fit(
     setup = set_up(store, recipe=recipe, spec=spec, open_image=open_image, device=device)
     train = setup.train
     dev = setup.dev
+    # The recipe of the setup is complete: it may take its temperature from the encoders.
+    recipe = setup.opened.recipe
     identity = setup.opened.identity()
     checkpoint = None if spec.overwrite else find_checkpoint(out, identity)
     training = EncoderFit(setup.model, inputs=setup.inputs, recipe=recipe, spec=spec, ranks=ranks)
@@ -197,7 +203,9 @@ def _fit(
             ledger=replace(costs, warnings=tuple(map(str, findings))),
         )
         if ranks.first:
-            _write(setup, report, used_values(training, plan, len(train)))
+            _write(
+                setup, report, used_values(training, plan, n_items(train, recipe.schedule.epoch))
+            )
         ranks.wait()
     return report
 

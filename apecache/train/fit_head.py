@@ -24,8 +24,8 @@ from apecache.runs.model_card import save_card
 from apecache.storage.replace import remove_tensors
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
-from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training, seeded
+from apecache.train.batches import FeaturePairs, n_items
+from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
 from apecache.train.keep_list import digest_keep_list
@@ -33,6 +33,9 @@ from apecache.train.lint.checks import lint_fit
 from apecache.train.lint.findings import require_sound
 from apecache.train.loop import FitProgress
 from apecache.train.model import AlignmentModel
+from apecache.train.pooling import cached_array
+from apecache.train.pretrained import with_own_scale
+from apecache.train.recorded_steps import recorded_steps
 from apecache.train.session import (
     RunFolder,
     best_and_untrained,
@@ -93,7 +96,8 @@ def fit_head(
 
     Raises:
         RunError: `out` holds a finished run, or another process fits into it.
-        MismatchError: `out` holds another interrupted fit.
+        MismatchError: `out` holds another interrupted fit, or the features are pooled in another
+            way than the recipe says.
         IncompleteError, DamagedError: The store is incomplete or damaged.
         RecipeError: The splits or widths do not work.
         DataError: A check of `apecache lint` fails, or a loss is not finite.
@@ -110,7 +114,11 @@ def fit_head(
         )
     # Folder, features and checkpoint are checked before anything large is read.
     require_usable(out, spec.overwrite)
-    arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
+    arrays = (
+        cached_array(store, recipe=recipe, side="image", name=spec.image_features),
+        cached_array(store, recipe=recipe, side="text", name=spec.text_features),
+    )
+    recipe = with_own_scale(recipe, arrays[0].record.spec, arrays[1].record.spec)
     identity = _identity(recipe, spec=spec, store=store, arrays=arrays)
     checkpoint = None if spec.overwrite else find_checkpoint(out, identity)
     extraction = read_extraction(report_path, arrays) if report_path else None
@@ -129,7 +137,7 @@ def fit_head(
     )
     loading_seconds = time.perf_counter() - begin
     model, closed_form = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
-    training = Training(model, recipe, spec.seed)
+    training = HeadFit(model, recipe, spec.seed)
     plan = StepCount.of(recipe, train)
     if plan.n_steps and training.optimizer is None:
         raise RecipeError(
@@ -162,6 +170,7 @@ def fit_head(
             folder=folder,
             found=checkpoint,
             loading_seconds=loading_seconds,
+            recorded=recorded_steps(training, train, plan),
         )
         ledger = build_ledger(
             training,
@@ -186,7 +195,7 @@ def fit_head(
             ledger=ledger,
         )
         save_ledger(ledger, out)
-        used = used_values(training, plan, len(train))
+        used = used_values(training, plan, n_items(train, recipe.schedule.epoch))
         heads = _trained(
             training.model,
             arrays=arrays,
@@ -222,7 +231,10 @@ def untrained_heads(
     Standardization is fitted on the training features.
     """
     spec = spec or FitSpec()
-    arrays = (store.array("image", spec.image_features), store.array("text", spec.text_features))
+    arrays = (
+        cached_array(store, recipe=recipe, side="image", name=spec.image_features),
+        cached_array(store, recipe=recipe, side="text", name=spec.text_features),
+    )
     train, dev = load_splits(
         store,
         image=arrays[0],
@@ -237,6 +249,7 @@ def untrained_heads(
         image=_side(model.image, arrays[0]),
         text=_side(model.text, arrays[1]),
         scale=float(model.temperature.scale().detach()),
+        bias=model.temperature.bias_value(),
     )
 
 
@@ -262,7 +275,7 @@ def _identity(
 
 
 def _report(
-    training: Training,
+    training: HeadFit,
     train: FeaturePairs,
     dev: FeaturePairs,
     out: Path,
@@ -333,5 +346,6 @@ def _trained(
         image=_side(model.image, arrays[0]),
         text=_side(model.text, arrays[1]),
         scale=float(model.temperature.scale().detach()),
+        bias=model.temperature.bias_value(),
         training=training,
     )

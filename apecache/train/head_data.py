@@ -22,6 +22,7 @@ from apecache.train.batches import (
     require_images,
 )
 from apecache.train.keep_list import read_keep_list
+from apecache.train.paired_rows import SelectedRows, pairs_of, select_rows
 from apecache.train.resident import (
     choose_resident,
     feature_budget_bytes,
@@ -29,7 +30,6 @@ from apecache.train.resident import (
     load_rows,
     side_rows,
 )
-from apecache.train.selection import SelectedRows, pairs_of, select_rows
 
 
 @dataclass(frozen=True)

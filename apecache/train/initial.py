@@ -4,6 +4,7 @@ The settings of a closed form are chosen on dev.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -23,7 +24,7 @@ from apecache.heads.closed_form import (
     ridge_map,
 )
 from apecache.heads.head import Head
-from apecache.heads.pooled import Dictionary, GatedUnit, PooledHead
+from apecache.heads.pooled import N_COMPLEMENTS, Canonical, Dictionary, GatedUnit, PooledHead
 from apecache.recipes.recipe import Recipe
 from apecache.train.batches import FeaturePairs
 from apecache.train.model import AlignmentModel, build_model, evaluate_model
@@ -32,8 +33,20 @@ BLOCK_IMAGES = 4096
 """Images, with their texts, whose moments are added at once."""
 NO_VARIANCE = 1e-12
 """Sum of the variances of standardized features up to which they are taken to be all equal."""
-Candidate = tuple[dict[str, Json], AffineMap | None, AffineMap]
-"""Settings of a closed form, and its maps of image (None: identity) and text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Hold a closed form."""
+
+    settings: dict[str, Json]
+    """What was chosen of the section `closed_form`; empty if nothing is open."""
+    text: AffineMap
+    image: AffineMap | None = None
+    """None: images stay as they are."""
+    correlations: Tensor | None = None
+    """[rank], the canonical correlations to some power, by which normalized vectors are weighted;
+    None: the maps hold all weights."""
 
 
 def initial_model(
@@ -51,7 +64,7 @@ def initial_model(
         DataError: A closed form, and the features of a side are all equal.
     """
     match recipe.init:
-        case "random":
+        case "random" | "pretrained":
             return build_model(recipe, train, seed), {}
         case "asif":
             return _asif(recipe, train, seed), {}
@@ -62,14 +75,14 @@ def initial_model(
     candidates = list(_candidates(recipe, covariances))
     if len(candidates) == 1:
         only = candidates[0]
-        return _filled(model, only), only[0]
+        return _filled(model, only), only.settings
     recalls: list[float] = []
     for candidate in candidates:
         report = evaluate_model(_filled(model, candidate), dev)
-        recalls.append(report.mean_recall)
+        recalls.append(report.selection_score)
     # Of equal recalls the first candidate wins, in the order of the settings.
     best = candidates[recalls.index(max(recalls))]
-    return _filled(model, best), best[0]
+    return _filled(model, best), best.settings
 
 
 def _require_varied(covariances: Covariances) -> None:
@@ -91,12 +104,14 @@ def _candidates(recipe: Recipe, c: Covariances) -> Iterator[Candidate]:
     spec = recipe.closed_form
     match recipe.init:
         case "procrustes":
-            yield {}, None, procrustes_map(c)
+            yield Candidate(settings={}, text=procrustes_map(c))
         case "ridge":
             for ridge in spec.ridge:
-                yield {"ridge": ridge}, None, ridge_map(c, ridge)
+                yield Candidate(settings={"ridge": ridge}, text=ridge_map(c, ridge))
         case _:
-            widths = {d for d in (recipe.image.dim, recipe.text.dim) if d is not None}
+            n_complements = _n_complements(recipe)
+            dims = (recipe.image.dim, recipe.text.dim)
+            widths = {dim - n_complements for dim in dims if dim is not None}
             max_rank = min(len(c.image), len(c.text))
             if any(width > max_rank for width in widths):
                 raise RecipeError(
@@ -108,8 +123,20 @@ def _candidates(recipe: Recipe, c: Covariances) -> Iterator[Candidate]:
                 maps = canonical_maps(c, ridge)
                 for rank, power in product(ranks, spec.power):
                     settings = {"ridge": ridge, "rank": rank, "power": power}
-                    image_map, text_map = maps.weighted(rank, power)
-                    yield settings, image_map, text_map
+                    # Canonical heads are weighted after they are normalized.
+                    image_map, text_map = maps.weighted(rank, 0.0 if n_complements else power)
+                    weights = maps.correlations[:rank].clamp_min(0) ** power
+                    yield Candidate(
+                        settings=settings,
+                        image=image_map,
+                        text=text_map,
+                        correlations=weights if n_complements else None,
+                    )
+
+
+def _n_complements(recipe: Recipe) -> int:
+    """Return the values that heads have beside those of their directions."""
+    return N_COMPLEMENTS if recipe.text.kind == "canonical" else 0
 
 
 def _covariances(model: AlignmentModel, train: FeaturePairs) -> Covariances:
@@ -139,20 +166,34 @@ def _standardized(head: Head, features: Tensor, device: torch.device) -> Tensor:
 @torch.no_grad()
 def _filled(model: AlignmentModel, candidate: Candidate) -> AlignmentModel:
     """Return a model with the maps of a candidate in its heads, resized to the maps."""
-    _, image_map, text_map = candidate
+    image = _with_map(model.image, candidate.image)
+    text = _with_map(model.text, candidate.text)
+    if candidate.correlations is not None:
+        _set_weights(image, candidate.correlations, side=0)
+        _set_weights(text, candidate.correlations, side=1)
     return AlignmentModel(
-        _with_map(model.image, image_map),
-        text=_with_map(model.text, text_map),
+        image,
+        text=text,
         temperature=model.temperature,
         loss=model.loss,
     )
+
+
+def _set_weights(head: Head, correlations: Tensor, side: int) -> None:
+    """Set the weights of a canonical head. `side` 0: images, 1: texts."""
+    assert isinstance(head.body, Canonical)
+    # Both sides are multiplied, so each takes the square root of the weight.
+    head.body.weights.copy_(correlations.sqrt())
+    head.body.complement.zero_()
+    head.body.complement[side] = 1.0
 
 
 def _with_map(head: Head, affine: AffineMap | None) -> Head:
     """Return the head with a map in it; the head itself without a map."""
     if affine is None:
         return head
-    return _fill(_resized(head, len(affine.weight)), affine)
+    n_complements = N_COMPLEMENTS if head.spec.kind == "canonical" else 0
+    return _fill(_resized(head, len(affine.weight) + n_complements), affine)
 
 
 def _resized(head: Head, dim: int) -> Head:
@@ -175,9 +216,10 @@ def _fill(head: Head, affine: AffineMap) -> Head:
     """
     assert isinstance(head, PooledHead)
     if head.direct is None:
-        assert isinstance(head.body, nn.Linear)
-        head.body.weight.copy_(affine.weight)
-        head.body.bias.copy_(affine.bias)
+        layer = head.body.linear if isinstance(head.body, Canonical) else head.body
+        assert isinstance(layer, nn.Linear)
+        layer.weight.copy_(affine.weight)
+        layer.bias.copy_(affine.bias)
     else:
         head.direct.weight.copy_(affine.weight)
         last = head.body.last if isinstance(head.body, GatedUnit) else head.body[-1]  # type: ignore[index]
@@ -208,7 +250,8 @@ def _with_widths(recipe: Recipe, train: FeaturePairs) -> Recipe:
     """Set a preliminary width for heads whose width is the rank that CCA chooses."""
     if recipe.init != "cca" or recipe.image.dim or recipe.text.dim:
         return recipe
-    dim = min(train.image.shape[-1], train.text.shape[-1], max(recipe.closed_form.rank))
+    rank = min(train.image.shape[-1], train.text.shape[-1], max(recipe.closed_form.rank))
+    dim = rank + _n_complements(recipe)
     sides = {
         side: getattr(recipe, side).model_copy(update={"dim": dim}) for side in ("image", "text")
     }
@@ -219,7 +262,7 @@ def _require_linear(recipe: Recipe) -> None:
     """Raise RecipeError unless the heads can hold the maps of the recipe's closed form."""
     linear: dict[str, bool] = {}
     for side, spec in (("image", recipe.image), ("text", recipe.text)):
-        linear[side] = spec.kind == "linear" or spec.skip
+        linear[side] = spec.kind in ("linear", "canonical") or spec.skip
         if spec.join != "concat":
             raise RecipeError(
                 f"recipe {recipe.name}: init {recipe.init} needs {side}.join concat, found "

@@ -15,6 +15,7 @@ from apecache.data.augment import Views
 from apecache.data.images import Picture, open_picture
 from apecache.encoders.encoder import TextEncoder
 from apecache.encoders.preprocess import Preprocess
+from apecache.encoders.whole_view import WholeView, whole_view
 from apecache.errors import DataError, RowError
 
 OpenImage = Callable[[str], Picture]
@@ -106,19 +107,26 @@ class ImageInputs:
     views: Views | None = None
     """Views that training sees; None: the images themselves."""
     epoch: int = 0
-    """Epoch of the views. A view depends on its seed, the epoch and the key alone."""
+    """Epoch of the views. A view depends on its seed, the epoch, the key and the caption alone."""
+    captions: Sequence[int] = ()
+    """Rows of the captions that the images are taken with, where an epoch shows an image several
+    times: each time in another view. Empty: the image has one view in the epoch."""
 
     def augmented(self, views: Views, epoch: int) -> "ImageInputs":
-        """Return the inputs with views of an epoch."""
-        return replace(self, views=views, epoch=epoch)
+        """Return the inputs with views of an epoch, of which nothing is cropped."""
+        whole = self.preprocess
+        if not isinstance(whole, WholeView):
+            whole = whole_view(whole)
+        return replace(self, preprocess=whole, views=views, epoch=epoch)
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return pixels [n, 3, height, width], without a mask."""
+        captions: Sequence[int | None] = self.captions or [None for _ in rows]
         with ThreadPoolExecutor(self.workers) as pool:
-            pixels = list(pool.map(self._read, rows))
+            pixels = list(pool.map(self._read, rows, captions))
         return torch.stack(pixels).to(self.device), None
 
-    def _read(self, row: int) -> Tensor:
+    def _read(self, row: int, caption: int | None) -> Tensor:
         """Read one image. Raises DataError if it is unreadable."""
         key = self.keys[row]
         try:
@@ -128,5 +136,8 @@ class ImageInputs:
                 f"image of row {row} cannot be read ({error}); mend it, or take it out of the table"
             ) from None
         if self.views is not None:
-            image = self.views.of(image, f"epoch {self.epoch} {key}")[0]
+            view_key = f"epoch {self.epoch} {key}"
+            if caption is not None:
+                view_key = f"{view_key} with caption {caption}"
+            image = self.views.of(image, view_key)[0]
         return self.preprocess(image)

@@ -1,27 +1,36 @@
-"""Run the loop of a fit: epochs, steps, evaluations, early stopping.
+"""Run the loop of a fit: epochs, steps and evaluations.
 
-The state is that of `apecache.train.fit`.
+The state is that of `apecache.train.fit`. `apecache.train.best_epoch` chooses what is kept and when
+to stop early.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from apecache.device import float32_products
 from apecache.errors import DataError
+from apecache.losses.contrastive import temperature_in
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.runs.folder import history_line
 from apecache.train.batches import Batch, FeaturePairs, batches
-from apecache.train.fit import SCALE, BestEvaluation, Fit, StepCount, Trainable, cloned_tensors
+from apecache.train.fit import Fit, StepCount, Trainable, cloned_tensors
 from apecache.train.optim import learning_rate_factor
 
 FitProgress = Callable[[dict[str, Any]], None]
 """Take one line of the history after every evaluation; epoch 0 is the model before training."""
+
+
+class EpochSteps(Protocol):
+    """Take the rest of an epoch's steps in another way than `take_steps`, with equal effect."""
+
+    def take_steps(self, save: Callable[[bool], None]) -> None: ...
 
 
 def run_training(
@@ -31,6 +40,7 @@ def run_training(
     plan: StepCount,
     log: FitProgress,
     save: Callable[[bool], None],
+    recorded: EpochSteps | None = None,
 ) -> None:
     """Run a fit from its present state to the end. Then `training.best` holds what to keep.
 
@@ -44,6 +54,7 @@ def run_training(
         log: Called with every line of the history.
         save: Called after every step with False, when it may write a checkpoint, and with True
             when it must.
+        recorded: Takes the steps of an epoch in place of `take_steps`.
 
     Raises:
         DataError: A loss is not finite.
@@ -52,7 +63,15 @@ def run_training(
         evaluate_untrained(training, dev=dev, plan=plan, log=log)
         save(True)
     while not is_done(training, plan):
-        train_epoch(training, train=train, dev=dev, plan=plan, log=log, save=save)
+        train_epoch(
+            training,
+            train=train,
+            dev=dev,
+            plan=plan,
+            log=log,
+            save=save,
+            recorded=recorded,
+        )
 
 
 def train_epoch(
@@ -62,10 +81,14 @@ def train_epoch(
     plan: StepCount,
     log: FitProgress,
     save: Callable[[bool], None],
+    recorded: EpochSteps | None = None,
 ) -> None:
     """Run one epoch, or what is left of an interrupted one. See `run_training`."""
     begin = time.perf_counter()
-    take_steps(training, drawn=draw_epoch(training, train, plan), plan=plan, save=save)
+    if recorded is None:
+        take_steps(training, drawn=draw_epoch(training, train, plan), plan=plan, save=save)
+    else:
+        recorded.take_steps(save)
     end_epoch(training, dev=dev, plan=plan, log=log, begin=begin)
     save(False)
 
@@ -73,13 +96,13 @@ def train_epoch(
 def is_done(training: Fit[Any], plan: StepCount) -> bool:
     """Check whether all steps are done, or dev recall has not improved for too long."""
     patience = training.recipe.schedule.patience
-    return training.step >= plan.n_steps or bool(patience and training.best.stale >= patience)
+    return training.step >= plan.n_steps or training.best.stops_early(patience)
 
 
 def _evaluate(training: Fit[Any], dev: FeaturePairs) -> RetrievalReport:
     """Measure retrieval on dev with the weights that would be kept."""
     begin = time.perf_counter()
-    with training.with_outcome():
+    with training.with_outcome(), float32_products(training.device, tf32=False):
         try:
             report = training.evaluate(dev)
         except DataError as error:
@@ -100,9 +123,10 @@ def evaluate_untrained(
     log: FitProgress,
 ) -> None:
     """Write epoch 0 of the history: the model before training."""
-    _record(training, report=_evaluate(training, dev), loss=math.nan, seconds=0.0, log=log)
+    report = _evaluate(training, dev)
+    _record(training, report=report, loss=math.nan, seconds=0.0, log=log)
     if not plan.n_steps:
-        _keep(training, training.history[-1]["dev"]["mean_recall"])
+        keep_if_best(training, report.selection_score)
 
 
 def end_epoch(
@@ -135,25 +159,31 @@ def end_epoch(
         report = _evaluate(training, dev)
         seconds = time.perf_counter() - begin
         _record(training, report=report, loss=loss, seconds=seconds, log=log)
-        _keep(training, report.mean_recall)
+        keep_if_best(training, report.selection_score)
 
 
 def draw_epoch(training: Fit[Any], train: FeaturePairs, plan: StepCount) -> Iterator[Batch]:
     """Draw the batches of an epoch, or those that an interrupted epoch still needs."""
     recipe = training.recipe
-    # An interrupted epoch draws the same batches again and skips those that were used.
-    if training.in_epoch:
-        training.generator.set_state(training.epoch_draws)
-    else:
-        training.epoch_draws = training.generator.get_state()
-    skip = training.in_epoch * plan.accumulate
+    skip = begin_draws(training, plan)
     return batches(
         train,
         batch_size=recipe.schedule.batch_size,
         generator=training.generator,
         captions=recipe.loss.captions,
         skip=skip,
+        epoch=recipe.schedule.epoch,
     )
+
+
+def begin_draws(training: Fit[Any], plan: StepCount) -> int:
+    """Prepare the generator for an epoch's batches; return how many of them were used before."""
+    # An interrupted epoch draws the same batches again and skips those that were used.
+    if training.in_epoch:
+        training.generator.set_state(training.epoch_draws)
+    else:
+        training.epoch_draws = training.generator.get_state()
+    return training.in_epoch * plan.accumulate
 
 
 def take_steps(
@@ -162,11 +192,13 @@ def take_steps(
     plan: StepCount,
     save: Callable[[bool], None] = lambda _: None,
 ) -> None:
-    """Take steps on these batches up to the end of the epoch."""
+    """Take steps on these batches up to the end of the epoch, on CUDA with products in TF32."""
     training.model.train()
     while training.in_epoch < plan.per_epoch and training.step < plan.n_steps:
         step_batches = islice(drawn, plan.accumulate)
-        training.losses.append(_counted_step(training, step_batches, plan))
+        # Steps alone: evaluations and closed forms keep the products of float32.
+        with float32_products(training.device, tf32=True):
+            training.losses.append(counted_step(training, step_batches, plan))
         training.step = training.step + 1
         training.in_epoch = training.in_epoch + 1
         # The end of an epoch is saved once it is evaluated.
@@ -174,7 +206,7 @@ def take_steps(
             save(False)
 
 
-def _counted_step(training: Fit[Any], step_batches: Iterator[Batch], plan: StepCount) -> Tensor:
+def counted_step(training: Fit[Any], step_batches: Iterator[Batch], plan: StepCount) -> Tensor:
     """Take a step, and count the operations of the first one."""
     if training.step_flops is not None:
         return take_step(training, step_batches, plan)
@@ -213,7 +245,12 @@ def rates_at(training: Fit[Any], step: int, plan: StepCount) -> list[float]:
     optimizer = training.optimizer
     recipe = training.recipe
     assert optimizer is not None
-    factor = learning_rate_factor(step, plan.n_steps, recipe.schedule)
+    factor = learning_rate_factor(
+        step,
+        n_steps=plan.n_steps,
+        spec=recipe.schedule,
+        per_epoch=plan.per_epoch,
+    )
     return [recipe.optimizer.lr * factor * group["factor"] for group in optimizer.param_groups]
 
 
@@ -290,7 +327,7 @@ def _record(
     lr = 0.0
     if training.optimizer is not None and training.step:
         lr = training.optimizer.param_groups[0]["lr"]
-    temperature = 1 / float(training.outcome[SCALE].exp())
+    temperature = temperature_in(training.outcome)
     line = history_line(
         training.epoch,
         step=training.step,
@@ -304,14 +341,10 @@ def _record(
     log(line)
 
 
-def _keep(training: Fit[Any], recall: float) -> None:
+def keep_if_best(training: Fit[Any], recall: float) -> None:
     """Copy the evaluated weights if they are the best so far."""
-    if recall > training.best.recall:
-        training.best = BestEvaluation(
-            epoch=training.epoch,
-            recall=recall,
-            stale=0,
-            weights=cloned_tensors(training.outcome),
-        )
-    else:
-        training.best.stale += 1
+    training.best = training.best.after(
+        training.epoch,
+        recall=recall,
+        copy_weights=lambda: cloned_tensors(training.outcome),
+    )

@@ -11,9 +11,10 @@ from apecache.heads.build import build_heads
 from apecache.heads.head import EnsembleHead, Head, embed, mask_of
 from apecache.heads.tokens import masked_mean
 from apecache.losses.contrastive import Temperature
-from apecache.losses.objective import build_temperature, contrast, structure_term, structure_weight
+from apecache.losses.registry import build_temperature, contrast, structure_term, structure_weight
 from apecache.losses.spec import LossSpec
-from apecache.metrics.retrieval import RetrievalReport, retrieval_report
+from apecache.metrics.retrieval import RetrievalReport
+from apecache.metrics.selection import dev_report
 from apecache.recipes.recipe import Recipe
 from apecache.train.batches import Batch, FeaturePairs
 
@@ -78,6 +79,10 @@ class AlignmentModel(nn.Module):
     def rates(self) -> list[tuple[nn.Parameter, float]]:
         """Return what trains, each parameter with its factor of the learning rate."""
         return [(p, 1.0) for p in self.parameters() if p.requires_grad]
+
+    def undecayed(self) -> list[nn.Parameter]:
+        """Return none: what is not decayed are embeddings of towers."""
+        return []
 
     def clamp(self) -> None:
         """Bring the temperature back into its bounds."""
@@ -146,7 +151,7 @@ def evaluate_model(model: AlignmentModel, pairs: FeaturePairs) -> RetrievalRepor
     """Measure retrieval among `pairs`, without dropout."""
     image = embed(model.image, pairs.image, pairs.image_lengths)
     text = embed(model.text, pairs.text, pairs.text_lengths)
-    return retrieval_report(
+    return dev_report(
         image,
         text,
         pairs.image_of_text.to(image.device),

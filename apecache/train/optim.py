@@ -7,21 +7,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from apecache.recipes.recipe import OptimizerSpec, ScheduleSpec
+from apecache.recipes.schedule import OptimizerSpec, ScheduleSpec
 
 
 def parameter_groups(
     rates: Iterable[tuple[nn.Parameter, float]],
     spec: OptimizerSpec,
+    undecayed: Iterable[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
     """Group parameters by their factor of the learning rate and by weight decay.
 
-    Biases, norms and the temperature (fewer than two dimensions) are not decayed. Each group keeps
-    its factor as `factor`.
+    Biases and norms (one dimension) are not decayed, and neither is `undecayed`. The temperature
+    (no dimension) is, if the recipe says so. Each group keeps its factor as `factor`.
     """
+    spared_ids = {id(parameter) for parameter in undecayed}
     members: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter, factor in rates:
-        is_decayed = parameter.ndim >= 2
+        is_decayed = parameter.ndim >= 2 or (parameter.ndim == 0 and spec.decay_scalars)
+        is_decayed = is_decayed and id(parameter) not in spared_ids
         members.setdefault((factor, is_decayed), []).append(parameter)
     groups: list[dict[str, Any]] = []
     # A fixed order of groups: checkpoints number parameters by it.
@@ -39,14 +42,16 @@ def parameter_groups(
 def build_optimizer(
     rates: Iterable[tuple[nn.Parameter, float]],
     spec: OptimizerSpec,
+    undecayed: Iterable[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """Build the recipe's optimizer, fused where torch has a fused one.
 
     Args:
         rates: Parameters, each with its factor of the learning rate.
         spec: Optimizer section of the recipe.
+        undecayed: Those of the parameters that are not decayed, whatever their dimensions.
     """
-    groups = parameter_groups(rates, spec)
+    groups = parameter_groups(rates, spec, undecayed)
     match spec.kind:
         case "adamw":
             return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
@@ -138,25 +143,54 @@ def _tensors(
     return [values, gradients, first_moments, second_moments, steps]
 
 
-def learning_rate_factor(step: int, n_steps: int, spec: ScheduleSpec) -> float:
+def learning_rate_factor(
+    step: int,
+    n_steps: int,
+    spec: ScheduleSpec,
+    per_epoch: int | None = None,
+) -> float:
     """Return the factor of the learning rate.
 
-    A linear warm-up from 1/w to 1 over w steps, then a cosine to `final`, or constant. The step
-    alone decides: the schedulers of torch and timm are objects with a state, which every checkpoint
-    and every member of a population would have to keep too.
+    A warm-up over w steps, then a cosine to `final`, or constant. The step alone decides: the
+    schedulers of torch and timm are objects with a state, which every checkpoint and every member
+    of a population would have to keep too.
 
     Args:
         step: Step, from 0.
         n_steps: Steps of the fit.
         spec: Schedule section of the recipe.
+        per_epoch: Steps of an epoch, which `cosine-epochs` needs; None: all steps are one epoch.
     """
-    warmup = spec.warmup_steps
-    if not warmup and spec.warmup:
-        warmup = max(1, round(spec.warmup * n_steps))
+    warmup = _warmup_steps(n_steps, spec)
+    if spec.decay == "cosine-epochs":
+        epoch_steps = per_epoch or n_steps
+        epoch = step // epoch_steps
+        if step < warmup and not epoch:
+            return _warming(step, warmup, spec)
+        return _cosine(epoch / -(-n_steps // epoch_steps), spec)
     if step < warmup:
-        return (step + 1) / warmup
+        return _warming(step, warmup, spec)
     if spec.decay == "constant":
         return 1.0
-    progress = (step - warmup) / max(1, n_steps - warmup)
+    return _cosine((step - warmup) / max(1, n_steps - warmup), spec)
+
+
+def _warmup_steps(n_steps: int, spec: ScheduleSpec) -> int:
+    if spec.warmup_steps or not spec.warmup:
+        return spec.warmup_steps
+    return max(1, round(spec.warmup * n_steps))
+
+
+def _warming(step: int, warmup: int, spec: ScheduleSpec) -> float:
+    """Return the factor within the warm-up."""
+    if spec.warmup_stairs:
+        risen = step * spec.warmup_stairs // warmup / spec.warmup_stairs
+    else:
+        risen = (step + 1) / warmup
+    return spec.warmup_start + (1 - spec.warmup_start) * risen
+
+
+def _cosine(progress: float, spec: ScheduleSpec) -> float:
+    """Return the factor at a progress from 0 to 1."""
     cosine = 1 + math.cos(math.pi * progress)
     return spec.final + (1 - spec.final) * cosine / 2

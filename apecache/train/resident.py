@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from apecache.device import free_memory_bytes, is_accelerator, release_cached_memory
 from apecache.evaluate.embeddings import load_lengths
 from apecache.heads.head import Head, HeadSpec
-from apecache.losses.objective import TILED_FROM
+from apecache.losses.registry import TILED_FROM
 from apecache.recipes.recipe import Recipe, build_meta_heads
 from apecache.store.array import FeatureArray
 from apecache.train.batches import BLOCK
-from apecache.train.selection import Features
+from apecache.train.paired_rows import Features
 
 USED_SHARE = 0.9
 """Fraction of the free device memory to plan with; the rest allows for fragmentation."""
@@ -144,7 +144,7 @@ def _closed_form_bytes(recipe: Recipe, image: SideRows, text: SideRows) -> int:
     image_dim = image.row_shape[-1]
     text_dim = text.row_shape[-1]
     match recipe.init:
-        case "random":
+        case "random" | "pretrained":
             return 0
         case "asif":
             # Entries of both sides, their normalized features, and the captions of each image.
@@ -173,19 +173,18 @@ def load_rows(
         torch.empty(len(rows), *array.row_shape, dtype=_memory_dtype(array), device=device)
         for rows in rows_of_splits
     ]
-    orders = [np.argsort(rows, kind="stable") for rows in rows_of_splits]
+    positions_of_splits = [_positions(rows, array.rows) for rows in rows_of_splits]
     staging = _staging_buffer(array, device)
-    for first_row, shard in array.load_shards():
+    for array_rows, shard in array.load_shards():
         shard_rows = torch.from_numpy(shard)
-        for destination, rows, order in zip(destinations, rows_of_splits, orders, strict=True):
-            bounds = (first_row, first_row + len(shard))
-            begin, end = np.searchsorted(rows, bounds, sorter=order).tolist()
-            positions = order[begin:end]
+        for destination, positions_of_rows in zip(destinations, positions_of_splits, strict=True):
+            positions = positions_of_rows[array_rows]
+            source_rows = np.flatnonzero(positions >= 0)
             _put_rows(
                 destination,
-                positions=positions,
+                positions=positions[source_rows],
                 source=shard_rows,
-                source_rows=rows[positions] - first_row,
+                source_rows=source_rows,
                 staging=staging,
             )
     lengths = load_lengths(array)
@@ -196,6 +195,13 @@ def load_rows(
             split_lengths = lengths[torch.from_numpy(rows)].to(device)
         loaded.append(Features(destination, split_lengths))
     return loaded
+
+
+def _positions(rows: NDArray[np.int64], n_rows: int) -> NDArray[np.int64]:
+    """Return where each row of an array stands among `rows`; -1 where it does not."""
+    positions = np.full(n_rows, -1, np.int64)
+    positions[rows] = np.arange(len(rows))
+    return positions
 
 
 def side_rows(array: FeatureArray, n_train: int, n_dev: int) -> SideRows:

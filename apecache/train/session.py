@@ -1,4 +1,4 @@
-"""Run a fit of either trainer in its run folder.
+"""Run a fit of heads (`fit_head`) or of towers (`fit_encoder`) in its run folder.
 
 A fit begins or resumes, writes its history and checkpoints, and adds up its costs.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from apecache.fingerprint import Fingerprint, Json
+from apecache.losses.contrastive import temperature_in
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.runs.checkpoint import save_checkpoint
 from apecache.runs.folder import add_to_history, clear_folder, write_history
@@ -22,10 +23,10 @@ from apecache.runs.ledger import (
     stored_bytes,
 )
 from apecache.store.array import FeatureArray
-from apecache.train.batches import FeaturePairs
-from apecache.train.fit import SCALE, Fit, StepCount
+from apecache.train.batches import FeaturePairs, n_items
+from apecache.train.fit import Fit, StepCount
 from apecache.train.lint.checks import n_negatives
-from apecache.train.loop import FitProgress, require_finite, run_training
+from apecache.train.loop import EpochSteps, FitProgress, require_finite, run_training
 
 SAVE_SHARE = 0.05
 """Share of the time that may be spent on writing checkpoints."""
@@ -42,7 +43,7 @@ class RunFolder:
     save_seconds: float
     """Least time between two checkpoints."""
     progress: FitProgress
-    """Called with every line of the history."""
+    """Called with every line of the history, in the process that writes."""
     writes: bool = True
     """Whether this process writes; if not, it only reads the checkpoint."""
 
@@ -55,6 +56,7 @@ def run_in_folder(
     folder: RunFolder,
     found: tuple[dict[str, Any], dict[str, Any]] | None,
     loading_seconds: float,
+    recorded: EpochSteps | None = None,
 ) -> int:
     """Run the training, or what is left of it after a checkpoint.
 
@@ -66,6 +68,7 @@ def run_in_folder(
         folder: Where the fit writes.
         found: Tensors and state of a checkpoint; None: begin anew.
         loading_seconds: Time that loading took in this call.
+        recorded: See `run_training`.
 
     Returns:
         Steps that were done before.
@@ -93,6 +96,7 @@ def run_in_folder(
         plan=plan,
         log=_logger(folder),
         save=_saver(training, folder),
+        recorded=recorded,
     )
     return resumed_step
 
@@ -111,23 +115,23 @@ def _logger(folder: RunFolder) -> FitProgress:
 def _saver(training: Fit[Any], folder: RunFolder) -> Callable[[bool], None]:
     """Return a function that writes a checkpoint when it is time, and counts the seconds."""
     begin = time.perf_counter()
-    before = training.seconds
-    every = folder.save_seconds
-    due = [begin + every]
+    earlier_seconds = training.seconds
+    due = begin + folder.save_seconds
 
     def save(now: bool) -> None:
+        nonlocal due
         clock = time.perf_counter()
-        training.seconds = before + clock - begin
-        if folder.writes and (now or clock >= due[0]):
+        training.seconds = earlier_seconds + clock - begin
+        if folder.writes and (now or clock >= due):
             # A checkpoint must not keep weights that have become NaN.
             require_finite(training)
             state = {"identity": dict(folder.identity.fields), **training.state()}
             save_checkpoint(folder.out, training.tensors(), state)
             training.saved_step = training.step
             saving_seconds = time.perf_counter() - clock
-            # Large checkpoints are written less often; with `every` 0 after each step.
-            pause_seconds = saving_seconds / SAVE_SHARE if every else 0
-            due[0] = time.perf_counter() + max(every, pause_seconds)
+            # Large checkpoints are written less often; with 0 seconds, after each step.
+            pause_seconds = saving_seconds / SAVE_SHARE if folder.save_seconds else 0
+            due = time.perf_counter() + max(folder.save_seconds, pause_seconds)
 
     return save
 
@@ -140,6 +144,7 @@ def best_and_untrained(
     training.model.load_kept(training.best.weights)
     best_report = training.evaluate(dev)
     first = training.history[0]["dev"]
+    # All but the recalls, such as numbers of rows and chance, does not depend on the weights.
     untrained = replace(
         best_report,
         image_to_text=_recalls(first["image_to_text"]),
@@ -153,7 +158,7 @@ def _recalls(recorded: Mapping[str, Json]) -> dict[int, float]:
     return {int(k): float(recall) for k, recall in recorded.items()}
 
 
-def used_values(training: Fit[Any], plan: StepCount, n_train: int) -> dict[str, Json]:
+def used_values(training: Fit[Any], plan: StepCount, n_in_epoch: int) -> dict[str, Json]:
     """Collect the settings that a finished fit used, which can differ from the recipe's.
 
     The best weights must be in the model. `n_epochs` and `n_steps` are those that ran: patience can
@@ -166,10 +171,10 @@ def used_values(training: Fit[Any], plan: StepCount, n_train: int) -> dict[str, 
         "planned_epochs": plan.n_epochs,
         "n_steps": training.step,
         "first_temperature": training.history[0]["temperature"],
-        "temperature": 1 / float(training.model.kept_state()[SCALE].exp()),
+        "temperature": temperature_in(training.model.kept_state()),
     }
     if plan.n_steps:
-        used |= {"batch_size": min(schedule.batch_size, n_train), "accumulate": plan.accumulate}
+        used |= {"batch_size": min(schedule.batch_size, n_in_epoch), "accumulate": plan.accumulate}
     return used
 
 
@@ -199,7 +204,7 @@ def build_ledger(
     """
     schedule = training.recipe.schedule
     loss = training.recipe.loss
-    size = min(schedule.batch_size, len(train))
+    size = min(schedule.batch_size, n_items(train, schedule.epoch))
     step_flops = (training.step_flops or 0) * n_processes
     loading = training.loading_seconds
     evaluation = training.evaluation_seconds
@@ -236,6 +241,7 @@ def with_extraction(
     """
     if extraction is None:
         return ledger
+    # A sample is a caption with its image.
     n_images = ledger.n_samples // captions
     paid = runs_until_paid(
         extraction,

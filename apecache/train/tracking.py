@@ -33,7 +33,7 @@ def log_to_tensorboard(folder: AnyPath) -> Iterator[FitProgress]:
     require_local(folder, "folder of events")
     if folder.exists() and not folder.is_dir():
         raise RunError(
-            f"{folder} is no folder, so no events can be written into it; choose another"
+            f"{folder} is not a folder, so events cannot be written into it; choose another"
         )
     if find_spec("tensorboard") is None:
         raise MissingExtraError("tensorboard", "track")
@@ -44,7 +44,7 @@ def log_to_tensorboard(folder: AnyPath) -> Iterator[FitProgress]:
             # The file needs the first step, which is known with the first line.
             if not opened:
                 opened.append(stack.enter_context(closing(_EventFile(folder, line["step"]))))
-            opened[0].add(line["step"], _scalars(line))
+            opened[0].add(line["step"], scalars_of(line))
 
         yield log
 
@@ -89,7 +89,7 @@ class _EventFile:
         self.file.close()
 
 
-def _scalars(line: dict[str, Any]) -> dict[str, float]:
+def scalars_of(line: dict[str, Any]) -> dict[str, float]:
     """Return the scalars of a line of the history by tag. Epoch 0 has no loss."""
     dev = line["dev"]
     scalars = {name: line[name] for name in ("loss", "lr", "temperature") if line[name] is not None}

@@ -1,7 +1,6 @@
 """Begin a fit within the towers with the heads of a run of `fit-head`."""
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -81,10 +80,9 @@ def begin_from(start: TrainedHeads, model: EncoderModel, run: Path) -> None:
             )
         head = _as_wanted(trained.head, wanted=side.head, side=name, run=run)
         side.head.load_state_dict(head.state_dict())
-    if model.temperature.log_scale.requires_grad:
-        # The run's scale can lie outside the bounds of this recipe.
-        model.temperature.log_scale.fill_(math.log(start.scale))
-        model.temperature.clamp()
+    if model.temperature.parameter.requires_grad:
+        # Clamped: the run's scale can lie outside the bounds of this recipe.
+        model.temperature.set_scale(start.scale)
 
 
 def _encoder_differences(fit_encoder: Fingerprint, run_encoder: Fingerprint) -> Differences:

@@ -15,9 +15,11 @@ from apecache.plan.counting import PlanSpec
 from apecache.plan.counting_shared import TeacherSizes, count_teacher
 from apecache.plan.devices import Device
 from apecache.plan.plan import ModelCosts, cost_of, count_model
-from apecache.recipes.recipe import OptimizerSpec, Recipe, ScheduleSpec, load_recipe, parse_recipe
+from apecache.recipes.recipe import Recipe, load_recipe, parse_recipe
+from apecache.recipes.schedule import OptimizerSpec, ScheduleSpec
 from benchmarks.laws.law import COUNTED, Arm, Claim, Law
 from benchmarks.laws.setting import LawsSetting, Size
+from benchmarks.laws.testable import HEADS_ALONE
 
 EVALUATIONS = 10
 """On dev, of a run whose steps the size says: about so many."""
@@ -165,12 +167,13 @@ def counted_costs(job: Job) -> dict[str, float]:
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """A claim of a law with the jobs of each of its arms, one for each seed (a closed form and what
-    is only counted have one for all), or why it cannot be tried. `wants`: what must be measured of
-    its jobs besides retrieval."""
+    is only counted have one for all), or why it cannot be tried. `heads`: heads alone on the same
+    encoders and images. `wants`: what must be measured of its jobs besides retrieval."""
 
     law: Law
     claim: Claim
     jobs: dict[str, tuple[Job, ...]]
+    heads: Job | None = None
     why_not: str = ""
 
     @property
@@ -196,9 +199,18 @@ def _planned(law: Law, claim: Claim, setting: LawsSetting, towers: bool) -> Plan
     ]
     if reasons:
         return Planned(law=law, claim=claim, jobs={}, why_not="; ".join(dict.fromkeys(reasons)))
+    plain = sees_plain_images(law)
     try:
         found = {
-            name: tuple(_jobs(law.arms[name], claim=claim, setting=setting, towers=towers))
+            name: tuple(
+                _jobs(
+                    law.arms[name],
+                    claim=claim,
+                    setting=setting,
+                    towers=towers,
+                    plain=plain,
+                )
+            )
             for name in claim.weights
         }
         for job in (jobs[0] for jobs in found.values()):
@@ -206,13 +218,24 @@ def _planned(law: Law, claim: Claim, setting: LawsSetting, towers: bool) -> Plan
                 count(job)
     except (EncoderError, RecipeError) as error:
         return Planned(law=law, claim=claim, jobs={}, why_not=str(error))
-    return Planned(law=law, claim=claim, jobs=found)
+    first = next(iter(found.values()))[0]
+    return Planned(law=law, claim=claim, jobs=found, heads=_heads_alone(first, claim))
+
+
+def _heads_alone(job: Job, claim: Claim) -> Job | None:
+    """A closed form on the encoders and images of an arm; None for what is only counted."""
+    if claim.metric in COUNTED or claim.saves:
+        return None
+    recipe = load_recipe(HEADS_ALONE)
+    return replace(job, recipe=recipe, teacher=None, start="pretrained", seed=0, autocast="float32")
 
 
 def _lacking(arm: Arm, claim: Claim, setting: LawsSetting) -> str:
     for role in (arm.image, arm.text, arm.teacher):
         if role and role not in setting.encoders:
             return f"it needs --encoder {role}=…"
+    if arm.teacher and setting.encoders[arm.teacher].name == setting.encoders[arm.image].name:
+        return f"--encoder {arm.teacher}=… must be another encoder than the student's"
     if claim.metric == "top1" and setting.labels is None:
         return "it needs --labels"
     if claim.metric == "unseen" and setting.languages is None:
@@ -224,12 +247,18 @@ def _lacking(arm: Arm, claim: Claim, setting: LawsSetting) -> str:
     return ""
 
 
-def _jobs(arm: Arm, claim: Claim, setting: LawsSetting, towers: bool) -> Iterator[Job]:
+def _jobs(
+    arm: Arm,
+    claim: Claim,
+    setting: LawsSetting,
+    towers: bool,
+    plain: bool,
+) -> Iterator[Job]:
     size = setting.size
     most = sum(pair.split == "train" for pair in setting.pairs)
     whole = min(most, (size.images if towers else size.head_images) or most)
     images = max(min(whole, FEWEST), round(whole * arm.data))
-    recipe = recipe_of(arm, setting=setting, images=images, towers=towers)
+    recipe = recipe_of(arm, setting=setting, images=images, towers=towers, plain=plain)
     teacher = _teacher(arm, setting, recipe)
     specs = setting.encoders[arm.image], setting.encoders[arm.text]
     fits = claim.metric not in COUNTED
@@ -260,8 +289,24 @@ def _teacher(arm: Arm, setting: LawsSetting, recipe: Recipe) -> EncoderSpec | No
     return spec if recipe.distillation.kind == "classes" else replace(spec, pooling="cls", layer=-1)
 
 
-def recipe_of(arm: Arm, setting: LawsSetting, images: int, towers: bool) -> Recipe:
-    """The arm's recipe at the size's steps and batch.
+def sees_plain_images(law: Law) -> bool:
+    """Whether the arms of a law are trained without augmented images: where some of them read
+    images from the cache, all arms see the images as they are."""
+    seen = {
+        str(load_recipe(arm.recipe, [s for s in arm.settings if "_HALF" not in s]).augmentation)
+        for arm in law.arms.values()
+    }
+    return len(seen) > 1
+
+
+def recipe_of(
+    arm: Arm,
+    setting: LawsSetting,
+    images: int,
+    towers: bool,
+    plain: bool = False,
+) -> Recipe:
+    """The arm's recipe at the size's steps and batch; `plain`: without augmented images.
 
     Raises:
         RecipeError: its settings do not work. EncoderError: half of a tower is asked for of what is
@@ -269,6 +314,8 @@ def recipe_of(arm: Arm, setting: LawsSetting, images: int, towers: bool) -> Reci
     """
     recipe = load_recipe(arm.recipe, [_halved(text, arm, setting) for text in arm.settings])
     values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in arm.without}
+    if plain:
+        values["augmentation"] = {**values["augmentation"], "image": None}
     recipe = parse_recipe(values, arm.recipe)
     if teacher := _teacher(arm, setting, recipe):
         values["distillation"] = {**values["distillation"], "teacher": teacher.slug}
@@ -297,6 +344,7 @@ def _sized(recipe: Recipe, size: Size, arm: Arm, images: int, towers: bool) -> d
         }
     else:
         steps = max(1, round(steps * arm.steps))
+        # Epochs only say when dev is looked at, where steps are given.
         used = images - min(DEV_IMAGES, images // DEV_SHARE)
         n_epochs = -(-steps // max(1, used // min(batch, used)))
         changed = {"steps": steps, "evaluate_every": max(1, n_epochs // EVALUATIONS)}
@@ -344,4 +392,8 @@ def jobs_in_turn(planned: Sequence[Planned]) -> dict[Job, set[str]]:
         for jobs in one.jobs.values():
             for job in jobs:
                 wanted.setdefault(job, set()).add(one.wants)
+    # Closed forms of seconds, which all the others are compared with.
+    for one in in_turn(planned):
+        if one.heads is not None:
+            wanted.setdefault(one.heads, set()).add("recall")
     return wanted

@@ -32,6 +32,7 @@ from apecache.metrics.retrieval import (
 )
 from apecache.runs import encoders as trained_encoders
 from apecache.runs import heads as checkpoint
+from apecache.runs.folder import read_history
 from apecache.runs.ledger import load_ledger
 from apecache.runs.load import Run, load_run, text_embedder
 from apecache.store.reader import FeatureStore
@@ -185,7 +186,7 @@ def _measured(job: Job, bench: Bench, wants: set[str], outcome: Outcome) -> Outc
         owners=embedded.image_of_text,
         relevance=embedded.relevance,
     )
-    outcome = replace(outcome, retrieval=ranks, costs=costs, chance=chance)
+    outcome = replace(outcome, retrieval=ranks, costs=costs, chance=chance, **_learnt(job, out))
     if "top1" in wants:
         outcome = _with_labels(outcome, run, bench)
     if "unseen" in wants:
@@ -244,6 +245,19 @@ def _fit(
     return measured | (
         {} if ledger.peak_bytes is None else {"measured-peak": float(ledger.peak_bytes)}
     )
+
+
+def _learnt(job: Job, run: Path) -> dict[str, Any]:
+    """How far the training came: what `Outcome` holds of it."""
+    ledger = load_ledger(run)
+    lines = read_history(run)
+    losses = [line["loss"] for line in lines if line["loss"] is not None]
+    return {
+        "loss": losses[-1] if losses else None,
+        "candidates": 0 if ledger is None else ledger.n_negatives + 1,
+        "samples": 0 if ledger is None else ledger.n_samples,
+        "augmentation": str(job.recipe.augmentation.image),
+    }
 
 
 def is_finished(run: Path) -> bool:

@@ -49,7 +49,9 @@ class Outcome:
     """`error`: why the run failed; then nothing else is known. `languages`: ranks among each one's
     captions. `shifts`: correlations of LAW metrics. `costs`: counted metrics, and `seconds` and
     `peak` (bytes) as measured. `chance`: of the metrics that were measured, in per cent. `seconds`:
-    of all, extraction for the first job included."""
+    of all, extraction for the first job included. `loss`: mean of the last epoch, among
+    `candidates`; `samples`: pairs that the training went through, of which the law itself gives
+    the arm `law_share`; `augmentation`: of the recipe."""
 
     digest: str
     about: dict[str, Json]
@@ -62,6 +64,11 @@ class Outcome:
     chance: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     heads_alone: bool = False
+    loss: float | None = None
+    candidates: int = 0
+    samples: int = 0
+    law_share: float = 1.0
+    augmentation: str = ""
 
     def has(self, metric: str) -> bool:
         if self.error:

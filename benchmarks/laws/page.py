@@ -8,6 +8,7 @@ from typing import Any
 from apecache.report.charts.intervals import Intervals, Row
 from apecache.report.page import Cell, Page, Table, write_page
 from benchmarks.laws.results import COSTS, ArmResult, Compared, LawResult
+from benchmarks.laws.verdict import VERDICTS
 
 ARM_COLUMNS = ("tr", "ir", "recall", "r1", "top1", "unseen")
 UNITS = {
@@ -21,14 +22,14 @@ HOW = (
     "seeds (Student) and that over images (bootstrap, each image with its captions; candidates "
     "stay); with one seed it "
     "speaks of the images alone.",
-    "An order is held where the interval lies above 0 and the difference is at least what counts; "
-    "broken where no "
-    "difference that counts is within the interval. An equality is held where the whole interval "
-    "lies within what "
-    "counts. Where the arms reach little, half of the published difference in proportion to what "
-    "the best of them "
-    "reaches (where none is published, half of that) must be outside the interval too, before no "
-    "difference is found.",
+    "A comparison is testable only if every arm that trains weights lowered its loss below 0.8 of "
+    "ln(candidates), all arms saw the same augmentation and as many samples as the law gives them, "
+    "and the best arm reaches, above chance, half of what heads alone (a closed form) reach on the "
+    "same features. What counts is a tenth of the best arm's recall above chance, at most half of "
+    "the published difference in proportion to the level, and at most the law's own figure. An "
+    "order is held where the interval lies above 0 and the difference counts; broken where the "
+    "interval is not above 0 and holds no difference that counts. An equality is held where the "
+    "whole interval lies within what counts, and broken where it lies beyond.",
     (
         "The detectable difference is stated before any run, from the numbers of images and seeds "
         "alone."
@@ -131,14 +132,14 @@ def _summary(laws: Sequence[LawResult]) -> Table:
     rows = tuple((law.id, law.title, law.verdict, _tally(law), law.source) for law in laws)
     return Table(
         title="Verdicts",
-        columns=("law", "title", "verdict", "held, broken, open", "source"),
+        columns=("law", "title", "verdict", "held, broken, open, not testable", "source"),
         rows=rows,
     )
 
 
 def _tally(law: LawResult) -> str:
     verdicts = [one.judgement.verdict for one in law.compared]
-    return ", ".join(str(verdicts.count(name)) for name in ("held", "broken", "not decided"))
+    return ", ".join(str(verdicts.count(name)) for name in VERDICTS)
 
 
 def _tables(law: LawResult) -> tuple[Table, ...]:

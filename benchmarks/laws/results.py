@@ -3,7 +3,7 @@ and nothing else."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,6 +14,7 @@ from benchmarks.laws.jobs import Planned
 from benchmarks.laws.law import COUNTED, Arm, Claim, Law, Metric
 from benchmarks.laws.outcome import Outcome
 from benchmarks.laws.setting import LawsSetting
+from benchmarks.laws.testable import why_not_testable
 from benchmarks.laws.verdict import Judgement, detectable, judge
 
 FOLDER = "results"
@@ -95,6 +96,8 @@ class LawResult:
         held = verdicts.count("held")
         if held == len(verdicts):
             return "held"
+        if verdicts.count("not testable") == len(verdicts):
+            return "not testable"
         if held:
             return f"held as far as decided ({held} of {len(verdicts)})"
         return "not decided"
@@ -205,7 +208,24 @@ def _judged(one: Planned, outcomes: Mapping[str, Outcome], least: float | None) 
             verdict="not decided",
             why=f"runs are still to be made: {runs}{too_small(one.claim, least)}",
         )
-    return judge(one.claim, found)
+    heads = None if one.heads is None else outcomes.get(one.heads.digest)
+    if one.heads is not None and heads is None:
+        return Judgement(
+            verdict="not decided",
+            why=f"runs are still to be made: heads alone{too_small(one.claim, least)}",
+        )
+    judged = {
+        arm: [replace(outcome, law_share=_law_share(one, arm)) for outcome in known]
+        for arm, known in found.items()
+    }
+    return judge(one.claim, judged, why_not_testable(one.claim, judged, heads))
+
+
+def _law_share(one: Planned, arm: str) -> float:
+    """The share of the samples that the law itself gives an arm."""
+    described = one.law.arms[arm]
+    by_steps = one.jobs[arm][0].recipe.schedule.steps > 0
+    return described.steps * (1.0 if by_steps else described.data)
 
 
 def too_small(claim: Claim, least: float | None) -> str:

@@ -1,5 +1,11 @@
-"""From outcomes to verdicts: differences with intervals, what could be seen at all, held, broken or
-not decided.
+"""From outcomes to verdicts: differences with intervals, what could be seen at all, held, broken,
+not decided or not testable.
+
+A comparison is testable only if its arms could show the published order at this size. Every arm
+that trains weights has lowered its loss clearly below that of a guess, ln(candidates); all arms saw
+the same augmentation, and as many samples as the law gives them; and the best arm reaches, above
+chance, a stated share of what heads alone reach on the cached features (`testable.py`). What counts
+as a difference is a share of recall above chance, so that it shrinks with the level.
 
 A difference is paired: the arms answer the same queries with the same seeds. Its 95 % interval has
 two sources: the spread of the difference over seeds (Student), and resampling of the images, each
@@ -13,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +42,10 @@ SAVING_SPREAD = 5.0
 them."""
 ABOVE_CHANCE = 2.0
 """Standard errors that one of the arms must be above chance."""
-Verdict = Literal["held", "broken", "not decided"]
+COUNTS = 0.1
+"""Smallest difference that counts, as a share of the best arm's recall above chance."""
+Verdict = Literal["held", "broken", "not decided", "not testable"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +84,15 @@ def detectable(claim: Claim, n_images: int, n_seeds: int) -> float:
     )
 
 
-def judge(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]]) -> Judgement:
-    """`outcomes`: of each arm by seed, all of them done; one where all seeds are the same."""
+def judge(
+    claim: Claim,
+    outcomes: Mapping[str, Sequence[Outcome]],
+    not_testable: str = "",
+    resamples: int = RESAMPLES,
+) -> Judgement:
+    """`outcomes`: of each arm by seed, all of them done; one where all seeds are the same.
+    `not_testable`: why the comparison cannot be decided at this size, see `testable.py`; what was
+    measured is reported all the same."""
     n_seeds = min((len(found) for found in outcomes.values() if len(found) > 1), default=1)
     values = [
         [one.value(claim.metric) for one in _seeds(outcomes[arm], n_seeds)] for arm in claim.weights
@@ -89,72 +105,79 @@ def judge(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]]) -> Judgement:
             n_seeds=n_seeds,
         )
     differences = [claim.difference([row[seed] for row in known]) for seed in range(n_seeds)]
-    replicates, n_images = _replicates(claim, outcomes, n_seeds)
+    replicates, n_images = _replicates(claim, outcomes, n_seeds, resamples)
     difference, half, source = _interval(
         claim,
         differences=differences,
         replicates=replicates,
         n_images=n_images,
     )
-    about = (difference, difference - half, difference + half, source, n_seeds, n_images)
+    low = difference - half
+    high = difference + half
+    least = _least(claim, known, _chance(claim, outcomes))
+    verdict = verdict_of(claim, least, low, high)
+    why = why_open(claim, least, low, high) if verdict == "not decided" else ""
     if reason := _undecidable(claim, outcomes, source):
-        difference_6, low_6, high_6, source_6, n_seeds_6, n_images_6 = about
-        return Judgement(
-            verdict="not decided",
-            why=reason,
-            difference=difference_6,
-            low=low_6,
-            high=high_6,
-            source=source_6,
-            n_seeds=n_seeds_6,
-            n_images=n_images_6,
-        )
-    verdict = _verdict(claim, _least(claim, known), *about[:3])
-    difference_value, low, high, source_value, n_seeds_value, n_images_value = about
+        verdict = "not decided"
+        why = reason
+    if not_testable:
+        verdict = "not testable"
+        why = not_testable
     return Judgement(
         verdict=verdict,
-        why=_why_open(claim, *about[:3]) if verdict == "not decided" else "",
-        difference=difference_value,
+        why=why,
+        difference=difference,
         low=low,
         high=high,
-        source=source_value,
-        n_seeds=n_seeds_value,
-        n_images=n_images_value,
+        source=source,
+        n_seeds=n_seeds,
+        n_images=n_images,
     )
 
 
-def _least(claim: Claim, values: Sequence[Sequence[float]]) -> float:
-    """What must be outside the interval for a verdict that there is no difference: one that counts,
-    and where the arms reach little half of the published one in proportion to what the best of them
-    reaches (half of that itself, where none is published)."""
+def _chance(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]]) -> float:
+    return max(one.chance.get(claim.metric, 0.0) for found in outcomes.values() for one in found)
+
+
+def _least(claim: Claim, values: Sequence[Sequence[float]], chance: float) -> float:
+    """The smallest difference that counts. Of recalls it is a share of what the best arm reaches
+    above chance, at most half of the published difference in proportion to the published level, and
+    at most the law's own figure."""
+    if claim.saves and claim.published is not None:
+        # As much as is published, up to what counts.
+        return claim.published - claim.smallest
     if claim.saves or claim.metric in SHIFTS:
         return claim.smallest
-    best = max(fmean(row) for row in values)
+    level = max(0.0, max(fmean(row) for row in values) - chance)
+    share = COUNTS
     top = max(claim.figures, default=0.0)
-    published = 0.0 if claim.published is None or claim.equal else abs(claim.published)
-    return min(
-        claim.smallest,
-        best / 2 * (min(1.0, published / top) if published and top > 0 else 1.0),
-    )
+    if claim.published and not claim.equal and top > 0:
+        share = min(share, abs(claim.published) / top / 2)
+    return min(claim.smallest, share * level)
 
 
-def _verdict(claim: Claim, least: float, difference: float, low: float, high: float) -> Verdict:
-    """Of an order: held where the interval lies above 0 and the difference counts, broken where the
-    interval lies below 0 or below what is `least`. Of an equality the same with its sides
-    exchanged."""
+def verdict_of(claim: Claim, least: float, low: float, high: float) -> Verdict:
+    """Of an order: held where the interval lies above 0 and its middle is at least `least`, broken
+    where it holds nothing that counts and is not above 0. Of an equality: held where the interval lies
+    within `least` of 0, broken where it lies beyond."""
     if claim.equal:
         if -least < low and high < least:
             return "held"
-        counts = abs(difference) >= claim.smallest and (low > 0 or high < 0)
-        return "broken" if counts else "not decided"
-    if low > 0 and difference >= claim.smallest:
+        return "broken" if low > least or high < -least else "not decided"
+    if low > 0 and (low + high) / 2 >= least:
         return "held"
-    return "broken" if high < least or high < 0 else "not decided"
+    if claim.saves and claim.published is not None:
+        # It saves less than is published. That may be a choice of ours, such as a width.
+        return "broken" if high < 0 else "not decided"
+    # A difference that is there, but too small to count, does not break an order.
+    return "broken" if low <= 0 and high < max(0.0, least) else "not decided"
 
 
-def _why_open(claim: Claim, difference: float, low: float, high: float) -> str:
-    if low > 0 or high < 0:
-        return "there is a difference, but it is smaller than what counts"
+def why_open(claim: Claim, least: float, low: float, high: float) -> str:
+    if claim.saves and claim.published is not None:
+        return f"it saves {(low + high) / 2:.1f} %, and {claim.published:.1f} % are published"
+    if not claim.equal and low > 0:
+        return f"there is a difference, but it is smaller than what counts, {least:.2f}"
     return (
         f"the interval {'reaches' if claim.equal else 'holds 0 and'} differences that would "
         "count at this level"
@@ -169,7 +192,7 @@ def _undecidable(claim: Claim, outcomes: Mapping[str, Sequence[Outcome]], source
     ]
     if not all(shares):
         return ""
-    chance = max(one.chance.get(claim.metric, 0.0) for found in outcomes.values() for one in found)
+    chance = _chance(claim, outcomes)
     best = max(fmean(part.value for part in parts) for parts in shares)
     n = min(len(part.keys) for parts in shares for part in parts)
     error = 100 * math.sqrt(max(chance, 1e-9) / 100 * (1 - chance / 100) / n)
@@ -209,6 +232,7 @@ def _replicates(
     claim: Claim,
     outcomes: Mapping[str, Sequence[Outcome]],
     n_seeds: int,
+    resamples: int = RESAMPLES,
 ) -> tuple[NDArray[np.float64] | None, int]:
     """The mean difference over seeds in each resample of the images, and how many images there
     are."""
@@ -224,10 +248,10 @@ def _replicates(
     draws = np.random.default_rng(0).multinomial(
         len(keys),
         np.full(len(keys), 1 / len(keys)),
-        RESAMPLES,
+        resamples,
     )
     places = {key: place for place, key in enumerate(keys)}
-    total = np.zeros(RESAMPLES)
+    total = np.zeros(resamples)
     for arm, weight in claim.weights.items():
         shares = [
             _resampled(part, draws.astype(np.float64), places) for own in parts[arm] for part in own

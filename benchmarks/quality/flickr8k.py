@@ -37,8 +37,8 @@ from apecache.evaluate.probe import probe_features
 from apecache.evaluate.prompts import TEMPLATES, find_templates
 from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
 from apecache.extraction.run import ExtractSpec, extract
-from apecache.metrics.protocols import language_reports, retrieval_hits, retrieval_intervals
-from apecache.metrics.retrieval import RetrievalReport, retrieval_report
+from apecache.metrics.protocols import measure_languages, measure_retrieval
+from apecache.metrics.retrieval import RetrievalReport
 from apecache.metrics.statistics import RetrievalHits, Way, estimate_recall
 from apecache.recipes.recipe import load_recipe
 from apecache.runs.heads import TrainedHeads, load_heads
@@ -219,9 +219,10 @@ def retrieval_rows(name: str, runs: Sequence[TrainedHeads], store: FeatureStore)
     for number, run in enumerate(runs):
         embedded = embed_store(run, store, "val")
         about = vectors(embedded)
-        reports.append(retrieval_report(*about, relevance=embedded.relevance))
-        hits.append(retrieval_hits(*about, relevance=embedded.relevance))
-        intervals = retrieval_intervals(*about, relevance=embedded.relevance)
+        measured = measure_retrieval(*about, relevance=embedded.relevance)
+        reports.append(measured.report)
+        hits.append(measured.hits)
+        intervals = measured.intervals
         row = {"table": "retrieval", "what": f"{name}, seed {number}", **recalls(reports[-1])}
         for way, short in WAYS:
             row[f"{short} R@1, 95 %"] = "{:.1f} to {:.1f}".format(*getattr(intervals, way)[1])
@@ -294,7 +295,12 @@ def language_rows(options: argparse.Namespace, source: PairSource, image: Encode
     for run in runs:
         embedded = embed_store(run, store, "val")
         languages = [str(store.pairs.languages[row]) for row in embedded.text_rows]
-        found.append(language_reports(*vectors(embedded), languages, relevance=embedded.relevance))
+        measured = measure_languages(
+            *vectors(embedded),
+            languages,
+            relevance=embedded.relevance,
+        )
+        found.append({name: measurement.report for name, measurement in measured.items()})
     kinds = caption_kinds(options.multilingual)
     rows = []
     for language, report in found[0].items():

@@ -32,7 +32,7 @@ from apecache.store.reader import FeatureStore
 from apecache.sweeps.run import SweepReport, SweepSpec, sweep
 from apecache.sweeps.space import Space, load_space
 from apecache.train.batches import FeaturePairs, SplitSpec
-from apecache.train.fit import StepCount, Training
+from apecache.train.fit import HeadFit, StepCount
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
@@ -240,7 +240,7 @@ def whole_seconds(store: FeatureStore, space: Space, found: SweepReport, fit: Fi
 
 def step_seconds(recipe: Recipe, train: FeaturePairs, dev: FeaturePairs) -> float:
     """Median of a few steps after the first."""
-    training = Training(initial_model(recipe, train=train, dev=dev, seed=0)[0], recipe, 0)
+    training = HeadFit(initial_model(recipe, train=train, dev=dev, seed=0)[0], recipe, 0)
     plan = StepCount.of(recipe, train)
     training.model.train()
     times = []

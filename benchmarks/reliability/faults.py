@@ -14,12 +14,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.record import Goal, print_goals, print_table, write_result
 from benchmarks.reliability.injection import damage, hostile, io_errors, kill, power, writers
-from benchmarks.reliability.injection.tower import SMALL, Towers, TowerSpec, run
+from benchmarks.reliability.injection.tower import EDITED, SMALL, Towers, TowerSpec, run
 
 SPEC = TowerSpec()
 
@@ -167,6 +167,66 @@ def hostile_files(bench: Bench) -> Row:
     )
 
 
+def edit_kills(bench: Bench) -> Row:
+    (bench.folder / "named").mkdir()
+    (bench.folder / "random").mkdir()
+    named = kill.named_kills(bench.towers, bench.folder / "named", EDITED)
+    result = kill.random_kills(
+        bench.towers,
+        folder=bench.folder / "random",
+        spec=EDITED,
+        count=bench.count(20, 500),
+        seed=bench.seed,
+    )
+    return _row(
+        "kill -9 while a table is edited",
+        faults=named.kills + result.kills,
+        wrong=[*named.wrong, *result.wrong],
+        detail=f"{named.stores + result.stores} stores finished, bit-identical",
+    )
+
+
+def edit_power_cuts(bench: Bench) -> Row:
+    (bench.folder / "kill").mkdir()
+    (bench.folder / "cut").mkdir()
+    result = power.cut_anywhere(
+        bench.folder / "cut",
+        EDITED,
+        resumes=bench.count(60, -1),
+        seed=bench.seed,
+    )
+    after = power.kill_then_cut(bench.folder / "kill", replace(EDITED, images=5))
+    return _row(
+        "power cut while a table is edited",
+        faults=result.states + after.states,
+        wrong=[*result.wrong, *after.wrong],
+        detail=f"{result.cuts + after.cuts} cuts, {after.resumed} kills before",
+    )
+
+
+def edit_failing_calls(bench: Bench) -> Row:
+    result = io_errors.failing_calls(bench.folder, EDITED, every=not bench.quick)
+    detail = ", ".join(f"{count} {op}" for op, count in sorted(result.failed.items()))
+    return _row(
+        "system call fails while a table is edited",
+        faults=result.failed.total(),
+        wrong=result.wrong,
+        detail=detail,
+    )
+
+
+def edit_crowds(bench: Bench) -> Row:
+    result = writers.edited_rounds(
+        bench.towers,
+        folder=bench.folder,
+        spec=EDITED,
+        rounds=bench.count(6, 100),
+        seed=bench.seed,
+    )
+    detail = f"{writers.WRITERS} processes, {result.commits} commits, {result.killed} killed"
+    return _row("several editors, rounds", faults=result.rounds, wrong=result.wrong, detail=detail)
+
+
 SCENARIOS: tuple[Callable[[Bench], Row], ...] = (
     named_kills,
     random_kills,
@@ -175,6 +235,10 @@ SCENARIOS: tuple[Callable[[Bench], Row], ...] = (
     needless_fsyncs,
     failing_calls,
     crowds,
+    edit_kills,
+    edit_power_cuts,
+    edit_failing_calls,
+    edit_crowds,
     damaged_files,
     hostile_files,
 )

@@ -26,7 +26,7 @@ from apecache_cli.store import describe
 from apecache.encoders.spec import EncoderSpec
 from apecache.extraction.arrays import MAX_SHARD_ROWS
 from apecache.fingerprint import Fingerprint, content_hash
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import verify_store

@@ -46,7 +46,7 @@ from apecache.extraction.run import (
     open_encoders,
 )
 from apecache.extraction.segments import Segment, make_segment
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from benchmarks.record import Goal, print_goals, print_table, write_result
 from benchmarks.speed.inputs import captions, write_photographs, write_vit
 from benchmarks.speed.peers import BATCH, sentence_transformers_encode, timm_loop, transformers_loop

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from apecache.recipes.recipe import Recipe, parse_recipe
 from apecache.train.batches import Batch, FeaturePairs, batches
-from apecache.train.fit import StepCount, Training
+from apecache.train.fit import HeadFit, StepCount
 from apecache.train.loop import take_step
 from apecache.train.model import build_model
 from benchmarks.record import Goal, print_goals, print_table, write_result
@@ -158,7 +158,7 @@ def make_recipe(batch: int) -> Recipe:
 def step(pairs: FeaturePairs, batch: int) -> Callable[[], object]:
     """A step of the trainer on a batch that is there: both heads, loss, backward pass, AdamW."""
     recipe = make_recipe(batch)
-    training = Training(build_model(recipe, pairs, 0), recipe, 0)
+    training = HeadFit(build_model(recipe, pairs, 0), recipe, 0)
     plan = StepCount.of(recipe, pairs)
     drawn = next(batches(pairs, batch, torch.Generator().manual_seed(1)))
     training.model.train()

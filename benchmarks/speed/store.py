@@ -23,7 +23,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from apecache.encoders.spec import EncoderSpec
 from apecache.fingerprint import Fingerprint, content_hash
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import ArrayWriter, PairColumns, checksum, create_array, create_store

@@ -31,7 +31,7 @@ from apecache.recipes.recipe import Recipe
 from apecache.sweeps.population.population import Population, train_together
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training, seeded
+from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model
 from apecache.train.loop import draw_epoch, run_training, take_steps
 from benchmarks.record import Goal, print_goals, print_table, write_result
@@ -179,7 +179,7 @@ def whole_row(count: int, batch: int, repeats: int) -> dict[str, Any]:
     return row
 
 
-def training(seed: int, batch: int, train: FeaturePairs) -> Training:
+def training(seed: int, batch: int, train: FeaturePairs) -> HeadFit:
     side = {"kind": "mlp", "width": WIDTH, "dim": DIM, "depth": 1, "residual": False}
     optimizer = {"lr": 1e-3 * (1 + seed / 8), "weight_decay": 0.01 * seed}
     schedule = {"batch_size": batch, "epochs": EPOCHS, "evaluate_every": EPOCHS}
@@ -191,7 +191,7 @@ def training(seed: int, batch: int, train: FeaturePairs) -> Training:
         "schedule": schedule,
     }
     recipe = Recipe.model_validate(described)
-    return Training(initial_model(recipe, train=train, dev=train, seed=seed)[0], recipe, seed)
+    return HeadFit(initial_model(recipe, train=train, dev=train, seed=seed)[0], recipe, seed)
 
 
 def features(n_images: int) -> FeaturePairs:
@@ -226,7 +226,7 @@ class Vmapped:
     """The same heads by torch.func, gradients of all members at once, AdamW with rates and decays
     as tensors."""
 
-    def __init__(self, members: list[Training], train: FeaturePairs, batch: int) -> None:
+    def __init__(self, members: list[HeadFit], train: FeaturePairs, batch: int) -> None:
         self.model = members[0].model
         self.train = train
         self.batch = batch

@@ -76,6 +76,7 @@ def test_a_live_image_tower_reads_its_images_below_root(
     tiny_store: Path,
     shapes_once: Path,
     tmp_path: Path,
+    images_are_gone: None,
 ) -> None:
     arguments = ["fit-encoder", tiny_store, "--recipe", "lilt-d", *SHORT]
     refused = call(*arguments, "--out", tmp_path / "run")

@@ -12,10 +12,9 @@ from apecache_cli.engine import ray_spec
 from apecache_cli.option_groups import (
     ADVANCED,
     OptionGroup,
-    SourceOptions,
-    SplitSourceOptions,
     takes_groups,
 )
+from apecache_cli.source_options import SourceOptions, SplitSourceOptions
 from typer.main import get_command
 from typer.testing import CliRunner
 

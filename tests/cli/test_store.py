@@ -12,11 +12,11 @@ import apecache_cli.app as cli
 import numpy as np
 import pytest
 import torch
-from tiny import Grown, damaged, loaded_once, put, tree
+from tiny import Grown, damaged, draw_shape, loaded_once, put, tree
 from typer.testing import CliRunner, Result
 
 import apecache.extraction.run as extraction
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.layout import PAIRS
 from apecache.store.reader import FeatureStore
 from apecache.store.records import read_record, seal_record
@@ -299,14 +299,12 @@ def write(text: str | bytes, name: str = "t.tsv") -> Callable[[Path], None]:
         ("t.tsv", write(HEADER), "header but no rows"),
         ("t.tsv", write("imagee\tcaption\nx\ty\n"), "no column 'image'; columns found: imagee, caption; did you mean"),
         ("t.tsv", write("image\timage\tcaption\nx\ty\tz\n"), "line 1: column 'image' appears twice"),
-        ("t.tsv", write(HEADER + "\ta cat\n"), "line 2: the image column is empty"),
-        ("t.jsonl", write('{"image": null, "caption": "a"}\n', "t.jsonl"), "line 1: the image column is empty"),
         ("t.tsv", write(b"image\tcaption\nx\t\xff\n"), "not UTF-8 (line 2, byte 3)"),
         ("t.tsv", write(HEADER + "x\ty\tz\n"), "line 2: 3 columns, the header has 2"),
         ("t.parquet", write(b"PAR1", "t.parquet"), "no Parquet table that can be read"),
         ("t.tsv", write("image\tcaption\tsplit\nx\ta\ttrain\nx\tb\ttest\n"), "has split 'test' here and 'train'"),
     ],
-    ids=["missing", "empty", "header only", "missing column", "column twice", "null key", "null key in JSON",
+    ids=["missing", "empty", "header only", "missing column", "column twice",
          "not UTF-8", "ragged row", "truncated Parquet", "one image in two splits"],
 )  # fmt: skip
 def test_bad_manifests(
@@ -340,33 +338,82 @@ def extract_images(tiny_image_encoder: Path) -> Callable[..., Result]:
     return lambda table, store, *more: call("extract", table, "--store", store, *encoder, *more)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            lambda text: text.replace("a blue circle", "a blue disc"),
-            "row 6 has caption 'a blue disc'",
-        ),
-        (
-            lambda text: "\n".join([text.splitlines()[0], *text.splitlines()[:0:-1], ""]),
-            "row 0 has image",
-        ),
-        (
-            lambda text: text + "images/red-circle-0b.png\tone more\ttrain\tcircle\ten\n",
-            "add --append",
-        ),
-    ],
-    ids=["changed", "re-ordered", "grown"],
-)
-def test_a_manifest_that_changed_since_the_store_began(
+def test_a_manifest_that_changed_is_a_new_view_and_append_is_not_needed(
     tiny_store: Path,
     shapes: Path,
+    tmp_path: Path,
     extract_images: Callable[..., Result],
-    change: Callable[[str], str],
-    said: str,
 ) -> None:
-    shapes.write_text(change(shapes.read_text()))
-    assert said in error_of(extract_images(shapes, tiny_store), 4)
+    store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    lines = shapes.read_text().splitlines()
+    shapes.write_text("\n".join([lines[0], *lines[:0:-1], ""]))
+    result = extract_images(shapes, store)
+    assert result.exit_code == 0, result.output
+    told = call_json("info", store)
+    assert (told["view"], len(told["views"])) == (told["views"][-1], 2)
+    views = call_json("views", "list", store)["views"]
+    assert [view["view"] for view in views] == told["views"]
+    assert call_json("info", store, "--view", "0000")["view"] == told["views"][0]
+    assert "--append is not needed" in error_of(extract_images(shapes, store, "--append"), 2)
+    newest = told["views"][-1]
+    assert "is the newest view" in error_of(call("views", "remove", store, newest), 3)
+    assert call("views", "remove", store, "0000").exit_code == 0
+    assert call("compact", store).exit_code == 0
+    assert call_json("info", store)["views"] == [newest]
+
+
+def test_splits_are_assigned_and_kept_and_unreadable_rows_are_listed(
+    tiny_store: Path,
+    shapes: Path,
+    tmp_path: Path,
+    extract_images: Callable[..., Result],
+) -> None:
+    store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    table = "\n".join("\t".join(line.split("\t")[:2]) for line in shapes.read_text().splitlines())
+    shapes.write_text(table + "\n")
+    assert extract_images(shapes, store).exit_code == 0
+    assert call_json("info", store)["splits"] == {"": 12}
+    told = call_json("split", store, "--fraction", "train=.5,val=.5")
+    assert sum(told["splits"].values()) == 12
+    assert set(told["splits"]) == {"train", "val"}
+    views = call_json("info", store)["views"]
+    assert extract_images(shapes, store).exit_code == 0
+    assert call_json("info", store)["views"] == views  # the same table: its splits stay
+    (shapes.parent / "images" / "red-circle-0.png").unlink()
+    assert extract_images(shapes, store, "--max-bad", "0.1").exit_code == 0
+    assert call_json("info", store)["splits"] == told["splits"]
+    (bad,) = call_json("info", store, "--bad")["bad"]
+    assert (bad["key"], bad["reason"]) == ("images/red-circle-0.png", "missing")
+    assert call("info", store, "--bad", "--csv", tmp_path / "bad.csv").exit_code == 0
+    assert "images/red-circle-0.png,missing" in (tmp_path / "bad.csv").read_text()
+
+
+def test_images_are_added_and_deleted(
+    tiny_store: Path,
+    shapes: Path,
+    tmp_path: Path,
+    load_once: None,
+) -> None:
+    store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    new = shapes.parent / "images" / "new.png"
+    draw_shape("red", "circle", 60).save(new)
+    root = ("--root", shapes.parent)
+    told = call_json("add", store, new, "--caption", "a new circle", "--split", "val", *root)
+    assert told["encoded"] == {"image/tiny-vit": 1, "text/tiny-bert": 1}
+    opened = FeatureStore.open(store)
+    assert opened.pairs.keys.tolist()[-1] == "images/new.png"
+    assert opened.pairs.captions.tolist()[-1] == "a new circle"
+    assert opened.array("image").load_ok().all()
+    assert "has images/new.png already" in error_of(call("add", store, new, *root), 3)
+    outside = tmp_path / "outside.png"
+    shutil.copy(new, outside)
+    assert "is not below" in error_of(call("add", store, outside, *root), 3)
+    told = call_json("delete", store, "--key", "images/new.png", "--where", "label=circle")
+    assert told["n_images"] == 8
+    assert set(FeatureStore.open(store).pairs.labels) == {"square", "triangle"}
+    assert "has no image 'images/x.png'" in error_of(
+        call("delete", store, "--key", "images/x.png"), 3
+    )
 
 
 def link_outside(image: Path) -> None:

@@ -103,9 +103,9 @@ WRITING = (
         arguments=("{store}", "--recipe", "lit", *FIT, "--out", "{out}/run"),
     ),
     Case(command="sweep", arguments=("{store}", *SWEEP, "--out", "{out}/sweep")),
-    Case(command="export-run", arguments=("{run}", "{out}/heads", "--safetensors")),
-    Case(command="export-run", arguments=("{run}", "{out}/heads", "--onnx")),
-    Case(command="export-run", arguments=("{run}", "{out}/heads", "--sentence-transformers")),
+    Case(command="export-run", arguments=("{run}", "{out}/heads", "--to", "safetensors")),
+    Case(command="export-run", arguments=("{run}", "{out}/heads", "--to", "onnx-heads")),
+    Case(command="export-run", arguments=("{run}", "{out}/heads", "--to", "sentence-transformers")),
     Case(command="ensemble", arguments=("{run}", "{run}", "--out", "{out}/both")),
     Case(
         command="analyze",
@@ -185,7 +185,7 @@ READING = (
     ),
     Case(
         command="export-run",
-        arguments=("{out}/run", "{elsewhere}/heads", "--safetensors"),
+        arguments=("{out}/run", "{elsewhere}/heads", "--to", "safetensors"),
         copies=RUN,
     ),
     Case(

@@ -23,8 +23,8 @@ from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import BadRowsError, DataError, EngineError, MismatchError, OptionError
 from apecache.extraction.run import ExtractionState, ExtractReport, ExtractSpec, extract
-from apecache.extraction.segments import make_segment, split_source
 from apecache.extraction.shard_range import ShardRange
+from apecache.extraction.table_plan import TablePlan, plan_table
 from apecache.storage.open import open_files
 from apecache.store.reader import FeatureStore
 
@@ -155,10 +155,8 @@ def test_a_grown_table_and_a_second_encoder_go_the_same_way(
     local(table, tmp_path / "here")
     spread(table, tmp_path / "there")
     table.write_text(whole)
-    with pytest.raises(MismatchError, match="add --append"):
-        spread(table, tmp_path / "there")
-    local(table, tmp_path / "here", append=True, recheck=True)
-    report = spread(table, tmp_path / "there", append=True, recheck=True)
+    local(table, tmp_path / "here", recheck=True)
+    report = spread(table, tmp_path / "there", recheck=True)
     assert [array.n_encoded for array in report.arrays] == [12, 24]
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
@@ -217,11 +215,8 @@ def test_a_node_that_does_not_see_the_store_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(engine, "node_name", lambda: "n7")
-    monkeypatch.setattr(
-        engine,
-        "make_segment",
-        lambda segment: None,
-    )  # made where only the driver sees it
+    # Made where only the driver sees it.
+    monkeypatch.setattr(TablePlan, "begin", lambda plan: None)
     with pytest.raises(
         EngineError,
         match=r"node n7 does not see .*store; the store must lie where every node reaches",
@@ -255,8 +250,9 @@ def test_every_node_is_asked_whether_it_gives_what_is_committed(
         0
     ]
     spec = ExtractSpec(encoder.spec, shard_rows=5, device="cpu")
-    (segment,) = split_source(open_pairs(shapes_once), open_files(tmp_path / "store"))
-    make_segment(segment)
+    plan = plan_table(open_pairs(shapes_once), open_files(tmp_path / "store"), spec)
+    plan.begin()
+    (segment,) = plan.segments
     parts = {segment.files.place: segment.part}
     first = engine._Encoding(parts, spec, 1)
     (task,) = first.do(engine.PREPARE)  # type: ignore[misc, union-attr]

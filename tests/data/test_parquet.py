@@ -8,6 +8,7 @@ import pytest
 from inputs import CAPTIONS, NAMES, image_bytes, struct_type, structs, write_images, write_parquet
 
 from apecache.data import parquet as parquet_module
+from apecache.data import row_groups
 from apecache.data.media import FolderMedia
 from apecache.data.sources import open_pairs
 from apecache.errors import ManifestError, MissingExtraError, RowError
@@ -91,9 +92,9 @@ def test_images_are_not_read_to_open_a_table_and_few_groups_are_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read: list[int] = []
-    original = parquet_module._read_group
+    original = row_groups._read_group
     monkeypatch.setattr(
-        parquet_module,
+        row_groups,
         "_read_group",
         lambda path, group, column: read.append(group) or original(path, group, column),
     )
@@ -119,7 +120,7 @@ def test_a_row_group_too_large_to_decode_is_refused(
 
 @pytest.mark.parametrize(
     ("images", "kind"),
-    [([1, 2], pa.int64()), ([["a"]], pa.list_(pa.string()))],
+    [([1, 2], pa.int64()), ([{"a": 1}], pa.struct([("a", pa.int64())]))],
 )
 def test_a_column_that_holds_no_images_is_refused(
     images: list[Any],

@@ -371,7 +371,7 @@ def cut() -> Image.Image:
     ("make", "reason"),
     [
         (lambda: b"", r"images\[0\] has 0 bytes"),
-        (lambda: b"<html>", r"images\[0\] is none of JPEG"),
+        (lambda: b"<html>", r"images\[0\] is a web page; expected JPEG"),
         (
             lambda: Image.new("RGB", (0, 0)),
             r"images\[0\] has 0 x 0 pixels; expected at least 1 x 1",
@@ -383,7 +383,7 @@ def cut() -> Image.Image:
         (closed_file, r"images\[0\]: I/O operation on closed file"),
         (cut, r"images\[0\] cannot be decoded"),
         (lambda: KINDS["L"].data[:-60], r"images\[0\] cannot be decoded"),
-        (lambda: "a\0b.jpg", r"'a\\x00b\.jpg' is no name of a file"),
+        (lambda: "a\0b.jpg", r"'a\\x00b\.jpg' is not the name of a file"),
         (lambda: "nowhere.jpg", r"nowhere\.jpg: no such file"),
     ],
 )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from inputs import image_bytes, samples, write_tar
 
 from apecache.data.pairs import Pair, PairSource
-from apecache.data.shards import brace_paths
+from apecache.data.paths import expand_paths
 from apecache.data.sources import open_pairs
 from apecache.data.spec import OpenSpec
 from apecache.errors import ManifestError
@@ -62,7 +62,7 @@ def test_label_split_and_language_are_read(tmp_path: Path) -> None:
 def test_a_caption_field_that_is_missing_is_refused_with_its_near_name(tmp_path: Path) -> None:
     with pytest.raises(
         ManifestError,
-        match=r"a: its JSON has no field 'atl'; fields found: alt; did you mean alt\?",
+        match=r"no \.json has the field 'atl'; fields found: alt; did you mean alt\?",
     ):
         opened(tmp_path, {"a.json": b'{"alt": "x"}'}, OpenSpec(caption_column="atl"))
 
@@ -133,12 +133,12 @@ def test_ranges_count_from_the_first_to_the_last_with_the_firsts_width(
 ) -> None:
     begin = f"{first:0{width}d}"
     last = first + count - 1
-    paths = brace_paths(f"/data/x-{{{begin}..{last}}}.tar")
+    paths = expand_paths(f"/data/x-{{{begin}..{last}}}.tar")
     assert paths == [Path(f"/data/x-{number:0{width}d}.tar") for number in range(first, last + 1)]
 
 
 def test_two_ranges_make_all_pairs_and_plain_names_none() -> None:
-    paths = brace_paths("{0..1}/{08..10}.tar") or []
+    paths = expand_paths("{0..1}/{08..10}.tar") or []
     assert [str(path) for path in paths] == [
         "0/08.tar",
         "0/09.tar",
@@ -147,4 +147,4 @@ def test_two_ranges_make_all_pairs_and_plain_names_none() -> None:
         "1/09.tar",
         "1/10.tar",
     ]
-    assert brace_paths("a{b}.tar") is None
+    assert expand_paths("a{b}.tar") is None

@@ -136,7 +136,7 @@ def test_a_split_file_says_the_splits_and_other_images_have_none(
         (b"", "no splits"),
         (
             b"photo1\ttrain\nphoto22\ttrain\n",
-            r"line 2: 'photo22' is no key of here; did you mean photo2, photo1\?",
+            r"line 2: 'photo22' is not a key of here; did you mean photo2, photo1\?",
         ),
         (b"photo1\ttrain\nphoto1\tval\n", r"line 2: 'photo1' has a split already \(train\)"),
         (b"photo1 train\n", "line 1: 1 column; expected key and split"),
@@ -339,5 +339,5 @@ def test_a_store_takes_a_copy_that_is_appended_later(
     for count in (13, 24):
         table.write_text("\n".join(rows[: count + 1]) + "\n")
         source = open_pairs(table, OpenSpec(split_fraction=HALVES))
-        report = extract(source, tmp_path / "store", replace(spec, append=count == 24))
+        report = extract(source, tmp_path / "store", spec)
     assert report.duplicates == 24 - 6

@@ -105,7 +105,7 @@ def test_quoted_cells_hold_separators_quotes_and_line_breaks(write: Write) -> No
 
 @pytest.mark.parametrize(
     "caption",
-    ["", "\u202eright to left", "<script>alert(1)</script>", "=HYPERLINK(1)", "\x07 bell"],
+    ["\u202eright to left", "<script>alert(1)</script>", "=HYPERLINK(1)", "\x07 bell"],
 )
 def test_strange_captions_are_kept_exactly(write: Write, caption: str) -> None:
     assert open_pairs(write("t.tsv", f"image\tcaption\na\t{caption}\n")).captions == [caption]
@@ -145,17 +145,12 @@ BROKEN = [
     ("latin1.tsv", "image\tcaption\na\tcaf\u00e9\n".encode("latin-1"), ["line 2, byte 6", "save the file as UTF-8"]),
     ("utf16.csv", "image,caption\na,b\n".encode("utf-16"), ["line 1, byte 1", "save the file as UTF-8"]),
     ("latin1.jsonl", LINE_1.encode() * 3000 + b"\xff\n", ["line 3001, byte 1", "save the file as UTF-8"]),
-    ("few.tsv", b"image\tcaption\na\tx\nb\n", ["line 3", "1 column, the header has 2", "quote cells"]),
+    ("few.tsv", b"image\tcaption\na\tx\nb\n", ["line 3", "1 column, the header has 2", "one line is one row", "--quoting csv"]),
     ("many.csv", b"image,caption\na,x\nb,y,z\n", ["line 3", "3 columns, the header has 2", "quote cells"]),
     ("many later.csv", b'image,caption\na,"x\n\ny"\nb,y,z\n', ["line 5", "3 columns"]),
-    ("quote.csv", b'image,caption\na,"x\nb,y\nc,z\n', ["line 2", "unexpected end of data", "double the quotes"]),
-    ("quote.tsv", b'image\tcaption\na\tx\nb\t"x" y\n', ["line 3", "expected after", "double the quotes"]),
-    ("huge.csv", b'image,caption\na,"' + b"x" * 200_000, ["line 2", "larger than field limit", "double the quotes"]),
+    ("quote.csv", b'image,caption\na,"x\nb,y\nc,z\n', ["line 2", "unexpected end of data", "double the quotes", "--quoting none"]),
     ("twice.tsv", b"image\tcaption\timage\na\tb\tc\n", ["line 1", "column 'image' appears twice", "rename"]),
     ("twice.jsonl", LINE_1.encode() + b'{"image": "a", "caption": "x", "image": "b"}\n', ["line 2", "appears twice"]),
-    ("null.tsv", b"image\tcaption\na\tx\n \ty\n", ["line 3", "the image column is empty", "needs the path"]),
-    ("null.jsonl", LINE_1.encode() + b'{"image": null, "caption": "x"}\n', ["line 2", "the image column is empty"]),
-    ("absent.jsonl", LINE_1.encode() + b'{"caption": "x"}\n', ["line 2", "the image column is empty"]),
     ("list.jsonl", LINE_1.encode() + b"\n[1, 2]\n", ["line 3", "expected a JSON object, found list", "one object on"]),
     ("not.jsonl", LINE_1.encode() + b"{'image': 'a'}\n", ["line 2", "not a JSON object", "one object on each"]),
     ("deep.jsonl", b"[" * 200_000 + b"\n", ["line 1", "not a JSON object"]),
@@ -296,38 +291,40 @@ def read_or_refuse(table: Path) -> PairSource | ManifestError:
 # The characters that str.splitlines and universal newlines take for the end of a line are in on
 # purpose.
 TEXT = st.text(st.sampled_from("ab\"',\t\n\r\x85\u2028\u202e{}[]é漢 "), max_size=8)
-KEYS = TEXT.filter(str.strip)
+ONE_LINE = st.text(st.sampled_from("ab\"',\t\r\x85\u2028\u202e{}[]é漢 "), max_size=8)
 
 
 @st.composite
-def sources(draw: st.DrawFn) -> PairSource:
-    keys = draw(st.lists(KEYS, min_size=1, max_size=5, unique=True))
-    captions = [draw(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3)) for _ in keys]
-    return PairSource(
-        tuple(
-            Pair(
-                key=key,
-                captions=tuple(c for c, _ in own),
-                languages=tuple(language for _, language in own),
-                split=draw(TEXT),
-                label=draw(TEXT),
-            )
-            for key, own in zip(keys, captions, strict=True)
+def sources(draw: st.DrawFn) -> tuple[PairSource, str]:
+    """A source, and the ending of a table that can hold it: a TSV has no line breaks in cells."""
+    suffix = draw(st.sampled_from([".tsv", ".csv", ".jsonl"]))
+    texts = ONE_LINE if suffix == ".tsv" else TEXT
+    filled = texts.filter(str.strip)
+    pairs = []
+    for key in draw(st.lists(filled, min_size=1, max_size=5, unique=True)):
+        captions = draw(st.lists(st.tuples(filled, texts), min_size=1, max_size=3))
+        pair = Pair(
+            key=key,
+            captions=tuple(caption for caption, _ in captions),
+            languages=tuple(language for _, language in captions),
+            split=draw(texts),
+            label=draw(texts),
         )
-    )
+        pairs.append(pair)
+    return PairSource(tuple(pairs)), suffix
 
 
 @settings(
-    max_examples=60,
+    max_examples=90,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(source=sources(), suffix=st.sampled_from([".tsv", ".csv", ".jsonl"]))
+@given(drawn=sources())
 def test_what_is_written_with_proper_quoting_is_read_back(
     tmp_path: Path,
-    source: PairSource,
-    suffix: str,
+    drawn: tuple[PairSource, str],
 ) -> None:
+    source, suffix = drawn
     columns = ("image", "caption", "lang", "split", "label")
     rows = [
         dict(zip(columns, (pair.key, caption, language, pair.split, pair.label), strict=True))

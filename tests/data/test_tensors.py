@@ -118,7 +118,10 @@ def test_all_else_is_as_by_pillow(data: bytes) -> None:
 def test_too_many_pixels_are_refused_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 599)
     data = encoded(photo(20, 30))
-    assert by_tensor(data) == ("too-large", "key has 30 x 20 pixels; the limit is 599")
+    assert by_tensor(data) == (
+        "too-large",
+        "key has 30 x 20 pixels; the limit is 599 (extract --max-pixels)",
+    )
     assert same(data)
 
 

@@ -59,16 +59,19 @@ def test_the_whole_square_without_operations_is_the_image_itself() -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation_keeps_size_and_mode_and_strength_zero_of_the_scaled_ones_changes_nothing(
+def test_every_operation_keeps_size_and_mode_and_the_neutral_level_changes_nothing(
     name: str,
 ) -> None:
     image = picture()
-    for strength in (-1.0, -0.3, 0.7, 1.0):
-        changed = OPERATIONS[name](image, strength)
+    for level, sign in ((1.0, -1), (0.3, -1), (0.7, 1), (1.0, 1)):
+        changed = OPERATIONS[name](image, level, sign)
         assert (changed.size, changed.mode) == (image.size, "RGB")
+    # Factors of enhancements are 1 in the middle.
+    neutral = 0.5 if name in ("brightness", "sharpness") else 0.0
     if name not in ("autocontrast", "equalize"):
-        assert OPERATIONS[name](image, 0.0).tobytes() == image.tobytes()
-        assert OPERATIONS[name](image, 1.0).tobytes() != image.tobytes()
+        assert OPERATIONS[name](image, neutral, 1).tobytes() == image.tobytes()
+        if name != "identity":
+            assert OPERATIONS[name](image, 1.0, 1).tobytes() != image.tobytes()
 
 
 def test_what_the_fingerprint_says_makes_the_views_again() -> None:
@@ -76,5 +79,8 @@ def test_what_the_fingerprint_says_makes_the_views_again() -> None:
     assert views_from_json(json.loads(json.dumps(views.to_json()))) == views
     with pytest.raises(StoreError, match="other operations"):
         views_from_json({**views.to_json(), "kinds": ["invert"]})
+    former = {key: value for key, value in views.to_json().items() if key != "version"}
+    with pytest.raises(StoreError, match="other operations"):
+        views_from_json(former)
     with pytest.raises(StoreError, match="cannot make again"):
         views_from_json({**views.to_json(), "hue": 1})

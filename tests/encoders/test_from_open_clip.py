@@ -120,6 +120,12 @@ def test_a_faster_resize_differs_a_little_and_has_another_identity(
     assert fast.fingerprint.fields["inputs"]["backend"] == "torchvision-uint8"
 
 
+def test_a_tag_has_no_revision() -> None:
+    spec = parse_encoder("open_clip:ViT-B-32/openai@main", "image")
+    with pytest.raises(EncoderError, match=r"leave @ off, or take open_clip:hf-hub:"):
+        load_image_encoder(spec, "cpu")
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -156,9 +162,3 @@ def test_a_folder_that_is_not_whole_is_refused(
         match=r"cannot be opened|there is no folder|has no open_clip_config.json",
     ):
         load_text_encoder(parse_encoder(f"open_clip:{folder}", "text"), "cpu")
-
-
-def test_only_the_output_can_be_taken(folders: dict[str, Path]) -> None:
-    spec = replace(parse_encoder(f"open_clip:{folders['clip']}", "image"), pooling="tokens")
-    with pytest.raises(EncoderError, match="only the output can be taken"):
-        load_image_encoder(spec, "cpu")

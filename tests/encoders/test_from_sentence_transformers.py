@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from apecache.encoders.load import load_text_encoder
+from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import EncoderError
 
@@ -97,7 +97,7 @@ def test_other_cuts_and_images_are_refused(tmp_path: Path, tiny_text_encoder: Pa
     folder = save(tmp_path / "model", tiny_text_encoder)
     with pytest.raises(EncoderError, match="for other cuts take hf:"):
         load_text_encoder(replace(parse_encoder(f"st:{folder}", "text"), pooling="tokens"), "cpu")
-    with pytest.raises(EncoderError, match="st has no image encoders here; use timm:NAME"):
-        parse_encoder(f"st:{folder}", "image")
+    with pytest.raises(EncoderError, match="reads no images; it reads text"):
+        load_image_encoder(parse_encoder(f"st:{folder}", "image"), "cpu")
     with pytest.raises(EncoderError, match=r"has no modules.json"):
         parse_encoder(f"st:{tiny_text_encoder}", "text")

@@ -132,11 +132,11 @@ def test_older_weights_are_fetched_only_where_there_are_no_newer_ones(
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub.download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     spec = parse_encoder("hf:org/model", "text")
-    from apecache.encoders.transformers_files import WEIGHT_FILES
+    from apecache.encoders.weight_files import TRANSFORMERS_WEIGHTS
 
     folder = snapshot.resolve_folder(spec)
     assert not list(folder.rglob("*.safetensors"))
-    assert snapshot.resolve_folder(spec, WEIGHT_FILES) == folder
+    assert snapshot.resolve_folder(spec, TRANSFORMERS_WEIGHTS) == folder
     assert [path.name for path in folder.rglob("*.safetensors")] == ["model.safetensors"]
     assert not list(folder.rglob("*.bin"))
 

@@ -101,7 +101,7 @@ def test_what_is_no_encoder_is_refused_with_what_is_expected(text: str, parts: l
 
 
 def test_timm_has_no_text_encoders() -> None:
-    with pytest.raises(EncoderError, match="timm has no text encoders here; use hf:ID"):
+    with pytest.raises(EncoderError, match="timm has no text encoders; use hf:ID"):
         parse_encoder("timm:resnet18", "text")
 
 

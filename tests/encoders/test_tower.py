@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from apecache.encoders.encoder import pool_tokens
 from apecache.encoders.load import shape_tower
-from apecache.encoders.module_map import EMBEDDING_PLACES
+from apecache.encoders.module_places import EMBEDDING_PLACES
 from apecache.encoders.spec import parse_encoder
 from apecache.encoders.tower import Tower, build_tower, tower_of
 from apecache.errors import EncoderError
@@ -90,6 +90,12 @@ TIMM: dict[str, dict[str, Any]] = {
     "vit_small_patch14_reg4_dinov2": {"patch_size": 4},
     "vit_base_patch32_clip_224": {"patch_size": 4},
     "beit_base_patch16_224": {},
+    "vit_base_patch16_siglip_224": {},
+    "eva02_tiny_patch14_224": {"patch_size": 4},
+    "eva_giant_patch14_224": {"patch_size": 4},
+    "vit_small_patch16_dinov3": {"patch_size": 4},
+    "vit_small_patch16_rope_mixed_224": {"patch_size": 4},
+    "vit_pe_core_tiny_patch16_384": {"patch_size": 4},
 }
 HF_TEXT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "bert (mBERT, MiniLM, E5)": (hf.BertModel, hf.BertConfig, {**SMALL, "vocab_size": 60}),
@@ -117,6 +123,22 @@ HF_TEXT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         hf.Qwen3Model,
         hf.Qwen3Config,
         {**SMALL, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 60, "pad_token_id": 0},
+    ),
+    "deberta-v3": (
+        hf.DebertaV2Model,
+        hf.DebertaV2Config,
+        {
+            **SMALL,
+            "vocab_size": 60,
+            "relative_attention": True,
+            "position_buckets": 4,
+            "max_relative_positions": -1,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+        },
     ),
     "t5 encoder": (hf.T5EncoderModel, hf.T5Config, T5_SIZES),
     "mt5 encoder": (hf.MT5EncoderModel, hf.MT5Config, T5_SIZES),
@@ -249,6 +271,10 @@ def test_dinov3_in_training_does_not_draw_its_positions() -> None:
 @pytest.mark.parametrize("pooling", ["default", "cls", "mean"])
 def test_timm_images(name: str, pooling: Any) -> None:
     module = timm_model(name, **TIMM[name])
+    if pooling == "cls" and module.cls_token is None:
+        with pytest.raises(EncoderError, match="has no CLS token; use --image-cut default or mean"):
+            build_tower(module, "image", pooling)
+        return
     with torch.no_grad():
         tokens = module.forward_features(pictures())
         expected = {
@@ -263,7 +289,7 @@ def test_timm_images(name: str, pooling: Any) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_transformers_texts_with_padding(name: str, attention: str) -> None:
     module = hf_model(HF_TEXT[name])
-    if name != "mpnet":  # it has no other attention than its own
+    if name not in ("mpnet", "deberta-v3"):  # they have no other attention than their own
         module.set_attn_implementation(attention)
     ids, mask = sentences(module.config.pad_token_id)
     with torch.no_grad():
@@ -325,7 +351,8 @@ def test_every_family_has_the_same_parts() -> None:
         assert n_norms == norms.get(tower.module_map.family, 12)
         has_biases = tower.module_map.family not in norms  # mT5 is a T5 too
         assert any(part.bias for part in parts) is has_biases
-        has_cls = tower.module_map.family not in ("t5", "decoder", "hf-siglip")
+        is_map = getattr(tower.module, "global_pool", "") == "map" and tower.n_prefix == 0
+        has_cls = tower.module_map.family not in ("t5", "decoder", "hf-siglip") and not is_map
         assert ("cls" in places) is tower.has_cls is has_cls
 
 
@@ -435,9 +462,9 @@ def test_loaded_encoders_keep_their_pooling(
     [
         (lambda: timm.create_model("test_resnet", pretrained=False), "image", "ResNet"),
         (
-            lambda: timm.create_model("vit_small_patch16_rope_224", pretrained=False, depth=1),
+            lambda: timm.create_model("eva02_tiny_patch14_224", use_post_norm=True, depth=1),
             "image",
-            "Eva",
+            "EvaBlockPostNorm",
         ),
         (
             lambda: hf.ElectraModel(hf.ElectraConfig(**SMALL, vocab_size=60)),
@@ -482,9 +509,11 @@ def test_what_cannot_be_is_refused() -> None:
         build_tower(hf_model(HF_IMAGE["deit"]), "image", "last")
     with pytest.raises(EncoderError, match="cut 4: the tower has 3 blocks; give 0 to 3"):
         bert_tower().run_to(4, *sentences(0))
-    with pytest.raises(EncoderError, match="T5 has no CLS token; use --text-cut mean"):
+    with pytest.raises(EncoderError, match="T5 has no CLS token; use --text-cut default or mean"):
         build_tower(hf_model(HF_TEXT["t5 encoder"]), "text", "cls")
-    with pytest.raises(EncoderError, match="Qwen3Model has no CLS token; use --text-cut mean"):
+    with pytest.raises(
+        EncoderError, match="Qwen3Model has no CLS token; use --text-cut default or mean"
+    ):
         build_tower(hf_model(HF_TEXT["qwen3"]), "text", "cls")
     with pytest.raises(EncoderError, match="SiglipVisionModel has no CLS token; use --image-cut"):
         build_tower(hf_model(CONTRASTIVE["siglip (SigLIP 2)"]), "image", "cls+mean")

@@ -1,10 +1,8 @@
 """What other programs get from a run computes what the run computes."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from apecache_cli.app import app
@@ -12,14 +10,15 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
-import apecache
-from apecache.errors import MismatchError, RunError
-from apecache.export.onnx import OPSET, export_onnx
-from apecache.export.sentence_transformers import export_sentence_transformers
+from apecache.errors import RunError
+from apecache.export.export_run import ExportRunSpec, export_run
+from apecache.export.onnx import export_onnx
+from apecache.export.onnx_graph import OPSET
 from apecache.export.weights import export_safetensors
 from apecache.heads.build import build_head
 from apecache.heads.head import Head, HeadSpec, mask_of
 from apecache.runs.heads import TrainedHeads, TrainedSide, load_heads
+from benchmarks.small_encoders import build_run
 
 POOLED = [
     HeadSpec(kind="identity"),
@@ -153,112 +152,6 @@ def test_plain_tensors_build_the_heads_again(heads: TrainedHeads, tmp_path: Path
         assert torch.equal(again.embed(features), side.embed(features))
 
 
-# --- sentence-transformers ------------------------------------------------------------------------
-
-
-TEXTS = ["a red circle", "the photo of a blue square on white " * 4, "drawing"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "changed"),
-    [
-        ("linear", {}),
-        ("identity", {}),
-        ("linear", {"pooling": "cls"}),
-        ("linear", {"pooling": "max"}),
-        ("linear", {"prefix": "the ", "max_tokens": 6}),
-    ],
-)
-def test_a_sentence_transformer_encodes_as_the_run_does(
-    kind: str,
-    changed: dict[str, str],
-    heads: TrainedHeads,
-    tmp_path: Path,
-) -> None:
-    library = pytest.importorskip("sentence_transformers")
-    from apecache.encoders.load import load_text_encoder
-    from apecache.encoders.spec import spec_from_json
-
-    spec = replace(spec_from_json(heads.text.encoder), **changed)  # type: ignore[arg-type]
-    encoder = load_text_encoder(spec, "cpu")
-    side = TrainedSide(
-        head=filled(HeadSpec(kind=kind), encoder.dim),
-        encoder=vars(spec),
-        fingerprint=encoder.fingerprint,
-    )  # type: ignore[arg-type]
-    export_sentence_transformers(replace(heads, text=side), tmp_path / "out")
-    found = library.SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
-    wanted = side.embed(encoder.encode(TEXTS)).numpy()
-    assert found.shape == wanted.shape
-    assert np.abs(found - wanted).max() < 1e-5
-    assert np.abs(wanted[0] - wanted[1]).max() > 1e-3
-
-
-def test_an_encoder_of_sentence_transformers_goes_along_whole(
-    heads: TrainedHeads,
-    tiny_text_encoder: Path,
-    tmp_path: Path,
-) -> None:
-    library = pytest.importorskip("sentence_transformers")
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
-    from apecache.encoders.load import load_text_encoder
-    from apecache.encoders.spec import parse_encoder
-
-    model = library.SentenceTransformer(
-        modules=[Transformer(str(tiny_text_encoder)), Pooling(32, "cls")],
-        device="cpu",
-    )
-    model.save(str(tmp_path / "st"), create_model_card=False)
-    spec = replace(parse_encoder(f"st:{tmp_path / 'st'}", "text"), prefix="a ", max_tokens=7)
-    encoder = load_text_encoder(spec, "cpu")
-    side = TrainedSide(
-        head=filled(HeadSpec(kind="linear"), encoder.dim),
-        encoder=vars(spec),
-        fingerprint=encoder.fingerprint,
-    )
-    export_sentence_transformers(replace(heads, text=side), tmp_path / "out")
-    found = library.SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS)
-    assert np.abs(found - side.embed(encoder.encode(TEXTS)).numpy()).max() < 1e-5
-
-
-def test_heads_and_encoders_that_do_not_fit_are_named(
-    heads: TrainedHeads,
-    other_text_encoder: Path,
-    tmp_path: Path,
-) -> None:
-    pytest.importorskip("sentence_transformers")
-    from apecache.encoders.spec import parse_encoder
-
-    deep = TrainedSide(
-        head=filled(HeadSpec(kind="gated"), 32),
-        encoder=heads.text.encoder,
-        fingerprint=heads.text.fingerprint,
-    )
-    with pytest.raises(
-        RunError,
-        match="of kind gated; a sentence-transformers folder can hold linear and identity",
-    ):
-        export_sentence_transformers(replace(heads, text=deep), tmp_path / "out")
-    layered = TrainedSide(
-        head=heads.text.head,
-        encoder={**heads.text.encoder, "layer": 1, "pooling": "mean"},
-        fingerprint=heads.text.fingerprint,
-    )
-    with pytest.raises(
-        RunError,
-        match="layer 1: a sentence-transformers folder can hold st: encoders",
-    ):
-        export_sentence_transformers(replace(heads, text=layered), tmp_path / "out")
-    with pytest.raises(MismatchError, match="not of the encoder"):
-        export_sentence_transformers(
-            heads,
-            tmp_path / "out",
-            parse_encoder(f"hf:{other_text_encoder}", "text"),
-        )
-    assert not (tmp_path / "out").exists()
-
-
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -269,22 +162,37 @@ def test_the_command_writes_one_thing_and_never_over_another(
     runner = CliRunner()
     out = str(tmp_path / "out")
     assert runner.invoke(app, ["export-run", str(tiny_run), out]).exit_code == 2
-    assert (
-        runner.invoke(app, ["export-run", str(tiny_run), out, "--onnx", "--safetensors"]).exit_code
-        == 2
-    )
-    result = runner.invoke(app, ["export-run", str(tiny_run), out, "--safetensors", "--json"])
+    assert runner.invoke(app, ["export-run", str(tiny_run), out, "--to", "onxx"]).exit_code == 2
+    command = ["export-run", str(tiny_run), out, "--to", "safetensors"]
+    assert runner.invoke(app, [*command, "--dtype", "int8"]).exit_code == 2
+    assert runner.invoke(app, [*command, "--text-only"]).exit_code == 2
+    result = runner.invoke(app, [*command, "--json"])
     assert result.exit_code == 0, result.output
-    assert set(json.loads(result.stdout)["wrote"]) == {
-        path.name for path in (tmp_path / "out").iterdir()
-    }
-    assert runner.invoke(app, ["export-run", str(tiny_run), out, "--safetensors"]).exit_code == 3
+    report = json.loads(result.stdout)
+    assert set(report["wrote"]) == {path.name for path in (tmp_path / "out").iterdir()}
+    assert report["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert runner.invoke(app, command).exit_code == 3
 
 
-def test_a_command_makes_the_model_that_load_is(tiny_run: Path, tmp_path: Path) -> None:
-    library = pytest.importorskip("sentence_transformers")
-    out = str(tmp_path / "out")
-    result = CliRunner().invoke(app, ["export-run", str(tiny_run), out, "--sentence-transformers"])
-    assert result.exit_code == 0, result.output
-    found = library.SentenceTransformer(out, device="cpu").encode(TEXTS)
-    assert np.abs(found - apecache.load(tiny_run, device="cpu").encode_text(TEXTS)).max() < 1e-5
+def test_a_run_that_a_format_cannot_hold_leaves_no_folder(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers")
+    run = build_run(tmp_path / "made", "timm + hf BERT", "gated")
+    for name in ("sentence-transformers", "open_clip", "transformers"):
+        with pytest.raises(RunError, match=r"head is of kind gated; .* can hold"):
+            export_run(run, tmp_path / "out", ExportRunSpec(to=name))  # type: ignore[arg-type]
+        assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_an_export_that_differs_from_the_run_gets_no_name(
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("sentence_transformers")
+    from apecache.export import head_chain
+
+    real = head_chain.affine_of
+    monkeypatch.setattr(head_chain, "affine_of", lambda head: (real(head)[0], 2 * real(head)[1]))
+    with pytest.raises(RunError, match="differs from the run by"):
+        export_run(tiny_run, tmp_path / "out", ExportRunSpec(to="sentence-transformers"))
+    assert list(tmp_path.iterdir()) == []

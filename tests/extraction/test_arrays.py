@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny import extract_tiny, loaded_once, tree
@@ -22,7 +21,7 @@ from apecache.extraction.arrays import environment, prepare_arrays
 from apecache.extraction.encode import use_threads
 from apecache.extraction.run import ExtractSpec
 from apecache.extraction.segments import pair_columns
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.layout import ArrayRecord
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import create_store
@@ -132,10 +131,8 @@ def test_a_shard_is_about_a_minute_of_encoding(
     empty: FeatureStore, vit: ImageEncoder, bert: TextEncoder, monkeypatch: pytest.MonkeyPatch,
     modality: str, seconds: float, rows: int,
 ) -> None:  # fmt: skip
-    """A clock that goes on by so much with every batch of 32: the largest power of two within 60
-    seconds."""
-    clock = iter(np.arange(1000) * seconds)
-    monkeypatch.setattr(preparation.time, "perf_counter", lambda: next(clock))
+    """Each batch of 32 takes so many seconds: the largest power of two within 60 seconds."""
+    monkeypatch.setattr(preparation, "timed_seconds", lambda run, device: seconds)
     encoder: Any = vit if modality == "image" else bert
     record = prepare_one(
         empty,

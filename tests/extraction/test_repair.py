@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import DAMAGES, Grown, damaged, extract_tiny, loaded_once, put, tree
 
@@ -102,7 +103,7 @@ def test_many_damages_in_both_segments_are_mended_at_once(grown: Grown) -> None:
         "README.md", "records/source.json", f"records/{IMAGE}/fingerprint.json", CHUNK,
         f"records/{TEXT}/commits/00000002.json", f"features.zarr/{TEXT}/status/zarr.json",
         f"{SEGMENT}/records/pairs.json", f"{SEGMENT}/records/source.json", f"{SEGMENT}/features.zarr/zarr.json",
-        f"{SEGMENT}/features.zarr/{IMAGE}/status/c.0", f"{SEGMENT}/records/{IMAGE}/quarantine/00000000.jsonl",
+        f"{SEGMENT}/features.zarr/{IMAGE}/status/c.0", f"{SEGMENT}/records/{IMAGE}/commits/00000000.json",
         f"{SEGMENT}/records/{TEXT}/seal.json",
     ]  # fmt: skip
     for name, how in zip(names, DAMAGES[:5] * 3, strict=False):
@@ -227,47 +228,57 @@ def test_extracting_again_finishes_an_interrupted_repair_too(
     assert tree(grown.store) == files
 
 
-# Refused
+# Another table
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    "change",
     [
-        (
-            lambda text: text.replace("a blue circle", "a blue disc"),
-            "row 6 has caption 'a blue disc'",
-        ),
-        (lambda text: text.replace("\tval\t", "\ttest\t"), "row 2 has split 'test', not 'val'"),
-        (lambda text: "\n".join([*text.splitlines()[:-1]]) + "\n", "row|images there"),
-        (lambda text: text + "images/x.png\tan x\ttrain\tx\ten\n", "1 image more"),
+        lambda text: text.replace("a blue circle", "a blue disc"),
+        lambda text: text.replace("\tval\t", "\ttest\t"),
+        lambda text: "\n".join([*text.splitlines()[:-1]]) + "\n",
+        lambda text: text + "images/x.png\tan x\ttrain\tx\ten\n",
     ],
 )
 @pytest.mark.parametrize(
     "lost",
     [(), ("records/source.json",), ("records/source.json", "records/pairs.json")],
 )
-def test_another_table_is_refused(
+def test_another_table_with_the_same_images_will_do(
     grown: Grown,
     tmp_path: Path,
     change: Callable[[str], str],
-    named: str,
     lost: tuple[str, ...],
 ) -> None:
+    """Blocks and views say what a lost table was; the user's table says where the images are."""
     whole = tree(grown.store)
     hit(grown, CHUNK)
     for name in lost:
         hit(grown, name, "delete")
-    files = tree(grown.store)
     table = tmp_path / "other.tsv"
     table.write_text(change(grown.table.read_text()))
-    with pytest.raises(MismatchError, match=None if lost else named) as caught:
-        mend(grown, table=table)
-    assert caught.value.exit_code == 4
-    assert files.items() <= tree(grown.store).items()
-    mend(grown)
-    # may name the other table as the one whose first rows it was made from
+    assert mend(grown, table=table).after.sound
+    # It may name the other table as the one that it was made from.
     source = "records/source.json"
     assert tree(grown.store) | {source: whole[source]} == whole
+
+
+def test_a_table_that_nothing_says_is_asked_for(
+    tiny_store: Path, shapes: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    files = tree(store)
+    (store / "features.zarr/pairs/text_caption/c/0").unlink()
+    other = tmp_path / "other.tsv"
+    other.write_text(shapes.read_text().replace("a red circle", "a red disc"))
+    source = open_pairs(other, OpenSpec(root=shapes.parent))
+    with pytest.raises(MismatchError, match="is not the table that it was made from; give that"):
+        repair(store, source, ExtractSpec(device="cpu"))
+    repair(store, open_pairs(shapes), ExtractSpec(device="cpu"))
+    assert tree(store) == files
+
+
+# Refused
 
 
 @pytest.mark.parametrize("folder", ["tiny-bert", "elsewhere"])
@@ -308,20 +319,27 @@ def test_encoders_that_have_moved_are_taken_from_their_new_place(
     assert tree(grown.store) == files
 
 
-def test_inputs_that_changed_give_other_bytes_but_never_silently_other_rows(
+@pytest.mark.parametrize("lost", [CHUNK, f"records/{IMAGE}/commits/00000001.json"])
+def test_inputs_that_changed_are_quarantined_and_never_silently_other_rows(
     grown: Grown,
     tmp_path: Path,
+    lost: str,
 ) -> None:
-    """The spot check encodes committed rows anew: images that are other ones now are not mixed with
-    the old."""
+    """The shard has rows 5 to 9: what each image must be is known, also without the record."""
+    before = FeatureStore.open(grown.store).array("image").load()
     root = Path(shutil.copytree(grown.table.parent, tmp_path / "shapes"))
-    for path in (root / "images").glob("red-*-0.png"):
-        shutil.copy(root / "images" / "blue-circle-0.png", path)
-    hit(grown, CHUNK)
-    with pytest.raises(MismatchError, match="come out otherwise now"):
-        repair(grown.store, open_pairs(root / "pairs.tsv"), ExtractSpec(device="cpu"))
-    with pytest.raises(IncompleteError):
-        FeatureStore.open(grown.store).array("image").load()
+    keys = FeatureStore.open(grown.store).pairs.keys
+    changed = root / str(keys[6])
+    shutil.copy(root / str(keys[0]), changed)
+    hit(grown, lost)
+    report = repair(grown.store, open_pairs(root / "pairs.tsv"), ExtractSpec(device="cpu"))
+    assert report.shards == {IMAGE: (1,)}
+    array = FeatureStore.open(grown.store).array("image")
+    reasons = {row["row"]: row["reason"] for row in array.quarantined()}
+    assert reasons == {4: "not-an-image", 6: "changed", 13: "missing"}
+    after = array.load()
+    before[6] = np.nan
+    assert np.array_equal(after, before, equal_nan=True)
 
 
 def test_a_segment_without_its_pair_table_is_not_left_out_of_what_is_served(grown: Grown) -> None:

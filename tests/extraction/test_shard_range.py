@@ -24,8 +24,8 @@ from apecache.encoders.spec import parse_encoder
 from apecache.errors import BadRowsError, DataError, MismatchError, OptionError
 from apecache.extraction.arrays import prepare_arrays
 from apecache.extraction.run import ExtractionState, ExtractReport, ExtractSpec, extract
-from apecache.extraction.segments import make_segment, split_source
 from apecache.extraction.shard_range import ShardRange, parse_part
+from apecache.extraction.table_plan import plan_table
 from apecache.storage.open import open_files
 from apecache.store.reader import FeatureStore
 
@@ -153,9 +153,9 @@ def test_appended_rows_come_in_parts_too(
     parted(table, tmp_path / "once")
     shutil.copytree(tmp_path / "once", tmp_path / "parts")
     table.write_text(whole)
-    parted(table, tmp_path / "once", append=True)
+    parted(table, tmp_path / "once")
     for number in (2, 1):
-        report = parted(table, tmp_path / "parts", f"{number}/2", append=True)
+        report = parted(table, tmp_path / "parts", f"{number}/2")
     assert report.complete
     assert tree(tmp_path / "parts") == tree(tmp_path / "once")
 
@@ -252,7 +252,7 @@ def test_three_processes_that_begin_at_once_make_the_store_of_one(
     for turn in range(3):
         store = tmp_path / f"parts-{turn}"
         three = in_parts(table, store, *encoders, 3)
-        killed = three[turn] | {"kill_at": 2 * turn}
+        killed = three[turn] | {"kill_at": turn}
         answers = runs.start(
             *(killed if place == turn else part for place, part in enumerate(three))
         )
@@ -275,7 +275,7 @@ def test_who_makes_an_array_first_decides_what_was_measured(
     measures 3."""
     encoder = parse_encoder(f"timm:{tiny_image_encoder}", "image")
     encoders = loaded_once("image")(tuple(replace(encoder, pooling=cut) for cut in cuts), "cpu")  # type: ignore[arg-type]
-    make_segment(*split_source(open_pairs(shapes_once), open_files(tmp_path / "store")))
+    plan_table(open_pairs(shapes_once), open_files(tmp_path / "store"), ExtractSpec()).begin()
     store = FeatureStore.open(tmp_path / "store")
     spec = ExtractSpec(encoder, device="cpu")
 
@@ -310,7 +310,7 @@ def test_a_process_with_another_encoder_of_that_name_is_refused_in_the_race(
     ]
     fields = {**encoder.fingerprint.fields, "weights": "0"}
     other = replace(encoder, fingerprint=type(encoder.fingerprint)(fields=fields))
-    make_segment(*split_source(open_pairs(shapes_once), open_files(tmp_path / "store")))
+    plan_table(open_pairs(shapes_once), open_files(tmp_path / "store"), ExtractSpec()).begin()
     store = FeatureStore.open(tmp_path / "store")
     spec = ExtractSpec(encoder.spec, device="cpu")
 

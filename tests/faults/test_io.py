@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.reliability.injection.io_errors import failing_calls
 from benchmarks.reliability.injection.syscalls import CHANGING
-from benchmarks.reliability.injection.tower import SMALL, TowerSpec
+from benchmarks.reliability.injection.tower import EDITED, SMALL, TowerSpec
 
 
 def test_any_failing_call_ends_in_one_clear_error_and_the_next_run_completes(
@@ -16,3 +16,9 @@ def test_any_failing_call_ends_in_one_clear_error_and_the_next_run_completes(
     assert result.wrong == []
     assert set(result.failed) == set(CHANGING)
     assert result.failed.total() > 300
+
+
+def test_any_failing_call_of_an_edit_ends_in_one_clear_error_too(tmp_path: Path) -> None:
+    result = failing_calls(tmp_path, EDITED)
+    assert result.wrong == []
+    assert set(result.failed) == set(CHANGING)

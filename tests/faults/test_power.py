@@ -1,11 +1,12 @@
 """Power cuts: what was acknowledged is there, what is there is whole, and no fsync is there for
 nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from apecache.storage import local
+from apecache.storage import local_files
 from benchmarks.reliability.injection.power import (
     cut_anywhere,
     cut_removal,
@@ -14,7 +15,7 @@ from benchmarks.reliability.injection.power import (
     sync_calls,
     without_sync,
 )
-from benchmarks.reliability.injection.tower import SMALL, TowerSpec
+from benchmarks.reliability.injection.tower import EDITED, SMALL, TowerSpec
 
 TINY = TowerSpec(images=5)
 """2 + 2 shards."""
@@ -39,6 +40,15 @@ def test_a_power_cut_after_a_kill_and_a_resume_loses_nothing(
     assert result.resumed > 100
 
 
+def test_a_power_cut_at_any_call_of_an_edit_loses_nothing(tmp_path: Path, long_run: bool) -> None:
+    result = cut_anywhere(tmp_path, EDITED, resumes=-1 if long_run else 60)
+    assert result.wrong == []
+
+
+def test_a_power_cut_after_a_kill_of_an_edit_loses_nothing(tmp_path: Path) -> None:
+    assert kill_then_cut(tmp_path, replace(EDITED, images=5)).wrong == []
+
+
 @pytest.mark.parametrize("number", range(len(sync_calls())), ids=sync_calls())
 def test_no_fsync_can_be_left_out(tmp_path: Path, number: int) -> None:
     """Each in turn is: then some state breaks a promise."""
@@ -46,7 +56,7 @@ def test_no_fsync_can_be_left_out(tmp_path: Path, number: int) -> None:
 
 
 def test_every_fsync_of_the_store_is_among_those_tried() -> None:
-    source = Path(local.__file__).read_text(encoding="utf-8")
+    source = Path(local_files.__file__).read_text(encoding="utf-8")
     assert len(sync_calls()) == source.count("os.fsync(") + source.count("self._sync_folder(") >= 7
 
 

@@ -9,8 +9,9 @@ from scipy.stats import binomtest
 from apecache.errors import DataError
 from apecache.metrics.protocols import (
     folded_report,
-    language_intervals,
-    language_reports,
+    measure_languages,
+    measure_retrieval,
+    retrieval_hits,
     retrieval_intervals,
 )
 from apecache.metrics.retrieval import retrieval_report
@@ -121,10 +122,35 @@ def test_folds_are_means_of_the_reports_of_each() -> None:
         folded_report(image, text=text, image_of_text=owner, fold_images=300)
 
 
+def test_one_ranking_gives_report_intervals_and_hits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from apecache.metrics import retrieval
+
+    n_calls = 0
+    rank = retrieval.image_to_text_ranks
+
+    def counted(*arguments: object, **options: object) -> torch.Tensor:
+        nonlocal n_calls
+        n_calls += 1
+        return rank(*arguments, **options)  # type: ignore[arg-type]
+
+    image, text, owner = pairs(40, 0.8)
+    expected = retrieval_report(image, text, owner)
+    intervals = retrieval_intervals(image, text, owner)
+    hits = retrieval_hits(image, text, owner)
+    monkeypatch.setattr(retrieval, "image_to_text_ranks", counted)
+    measured = measure_retrieval(image, text, owner)
+    assert n_calls == 1
+    assert measured.report == expected
+    assert measured.intervals == intervals
+    for k, values in hits.image_to_text.items():
+        assert np.array_equal(measured.hits.image_to_text[k], values)
+
+
 def test_a_language_is_measured_among_its_own_captions() -> None:
     image, text, owner = pairs(40, 0.8)
     languages = ["de" if row % 3 else "en" for row in range(len(text))]
-    found = language_reports(image, text=text, image_of_text=owner, languages=languages)
+    measured = measure_languages(image, text=text, image_of_text=owner, languages=languages)
+    found = {language: measurement.report for language, measurement in measured.items()}
     assert list(found) == ["de", "en"]
     for language, report in found.items():
         mask = torch.tensor([other == language for other in languages])
@@ -135,9 +161,7 @@ def test_a_language_is_measured_among_its_own_captions() -> None:
             torch.tensor([kept.index(i) for i in owner[mask].tolist()]),
         )
         assert report == wanted
-        sure = language_intervals(image, text=text, image_of_text=owner, languages=languages)[
-            language
-        ]
+        sure = measured[language].intervals
         assert all(
             low <= wanted.text_to_image[k] <= high for k, (low, high) in sure.text_to_image.items()
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from apecache.metrics import retrieval
 from apecache.metrics.csls import csls_report, csls_vectors
-from apecache.metrics.protocols import folded_report, language_reports, retrieval_intervals
+from apecache.metrics.protocols import folded_report, measure_languages, retrieval_intervals
 from apecache.metrics.relevance import Relevance
 from apecache.metrics.retrieval import image_to_text_ranks, retrieval_report, text_to_image_ranks
 
@@ -233,13 +233,14 @@ def test_folds_and_languages_know_equal_captions_among_their_own_candidates() ->
         language: torch.tensor([other == language for other in languages])
         for language in ("de", "en")
     }
-    found = language_reports(
+    measured = measure_languages(
         image,
         text=text,
         image_of_text=owners,
         languages=languages,
         relevance=relevance,
     )
+    found = {language: measurement.report for language, measurement in measured.items()}
     for language, mask in masks.items():
         kept = sorted(set(owners[mask].tolist()))
         rows = torch.tensor([kept.index(owner) for owner in owners[mask].tolist()])

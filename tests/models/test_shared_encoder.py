@@ -26,6 +26,7 @@ from apecache.losses.contrastive import Groups, info_nce
 from apecache.losses.distillation import distil_contrastive
 from apecache.metrics.retrieval import retrieval_report
 from apecache.models.dual_encoder import EncoderModel, Teacher, build_shared
+from apecache.models.shared_encoder import SharedSide
 from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.runs.encoders import WEIGHTS, read_tensors
 from apecache.runs.load import load_run
@@ -33,6 +34,7 @@ from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec, open_teacher
 from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
+from apecache.train.optim import build_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,6 +141,57 @@ def test_it_starts_as_published() -> None:
     assert model.shared is not None
     assert model.shared.inner is not model.temperature
     assert model.temperature.scale().item() == pytest.approx(1 / 0.07)
+
+
+def test_new_layers_are_drawn_as_published() -> None:
+    """N(0, .02) cut at one deviation: the standard deviation that is left is .0108."""
+    recipe = load_recipe("shared-encoder", [*SMALL, "distillation.bank=8"])
+    torch.manual_seed(0)
+    model = build_shared(
+        [small_vit(embed_dim=64), small_bert(hidden_size=64)],
+        recipe=recipe,
+        device=CPU,
+        teacher=Teacher(dim=64, features=torch.randn(3, 64)),
+    )
+    assert isinstance(model.image, SharedSide)
+    assert model.shared is not None
+    assert model.shared.distillation is not None
+    block = model.image.layers.block
+    drawn = (block.qkv, block.project, block.up, block.down, model.shared.distillation.project)
+    for layer in drawn:
+        assert float(layer.weight.detach().std()) == pytest.approx(0.0108, rel=0.05)
+        assert float(layer.weight.detach().abs().max()) <= 0.02
+        assert not layer.bias.any()
+    assert float(model.image.layers.types.detach().std()) == pytest.approx(1.0, rel=0.2)
+    norms = (block.norm1, block.norm2, model.shared.distillation.norm)
+    assert {norm.eps for norm in norms} == {1e-6}
+
+
+def test_word_position_and_type_embeddings_are_not_decayed() -> None:
+    model, _ = small()
+    recipe = load_recipe("shared-encoder")
+    optimizer = build_optimizer(model.rates(), recipe.optimizer, model.undecayed())
+    decay = {
+        id(parameter): group["weight_decay"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or id(parameter) not in decay:
+            continue
+        is_spared = any(
+            part in name
+            for part in (
+                "word_embeddings",
+                "position_embeddings",
+                "pos_embed",
+                "token_type",
+                "types",
+            )
+        )
+        expected = 0.01 if parameter.ndim >= 2 and not is_spared else 0.0
+        assert decay[id(parameter)] == expected, name
+    assert id(model.image.layers.types) in decay  # type: ignore[union-attr]
 
 
 # --- what it learns of ----------------------------------------------------------------------------

@@ -266,6 +266,46 @@ def test_parts_add_up() -> None:
     assert found.n_parameters == sum(part.count for part in image + text) + heads + adapters + 1
 
 
+def test_steps_are_shown_for_epochs_of_images_and_of_pairs() -> None:
+    """LilT on COCO: 15 epochs of pairs are 69,345 steps of 128."""
+    coco = base_plan("lilt-c", rows=591_753, captions=1)
+    assert coco.n_steps == 69_345
+    five = make_plan("lilt-d", rows=1_280, captions=5)
+    assert five.steps_by_epoch == {"images": 15 * 10, "pairs": 15 * 50}
+    assert five.n_steps == 15 * 50
+    by_images = make_plan("lilt-d", "schedule.epoch=images", rows=1_280, captions=5)
+    assert by_images.n_steps == 15 * 10
+
+
+def test_a_peak_beyond_the_device_names_the_largest_slice_that_fits() -> None:
+    fitting = make_plan("lilt-d", rows=1_280)
+    assert fitting.fitting_slice is None
+    for share in (0.4, 0.7):
+        memory_bytes = int(share * fitting.planned.peak_bytes)
+        small_device = replace(UNIT, memory_bytes=memory_bytes)
+        found = make_plan("lilt-d", device=small_device, rows=1_280).fitting_slice
+        assert found is not None
+        assert found > 0
+        largest = make_plan("lilt-d", rows=1_280, slice_size=found)
+        assert largest.planned.peak_bytes <= memory_bytes
+        beyond = make_plan("lilt-d", rows=1_280, slice_size=found + 1)
+        assert beyond.planned.peak_bytes > memory_bytes
+    tiny_device = replace(UNIT, memory_bytes=1000)
+    assert make_plan("lilt-d", device=tiny_device, rows=1_280).fitting_slice == 0
+
+
+def test_the_plan_says_in_words_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    peak_bytes = make_plan("lilt-d", rows=1_280).planned.peak_bytes
+    device = replace(UNIT, memory_bytes=peak_bytes // 2)
+    found = make_plan("lilt-d", device=device, rows=1_280)
+    show_one(found, 1_280)
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"--slice {found.fitting_slice} fits" in output
+    assert "750 if an epoch counts pairs, 150 if it counts images" in output
+    compare([found, found], 1_280)
+    assert "is beyond the" in capsys.readouterr().out
+
+
 def test_a_recipe_that_does_not_fit_is_refused() -> None:
     with pytest.raises(RecipeError, match="the heads end in different widths"):
         make_plan("clip", "image.dim=5")

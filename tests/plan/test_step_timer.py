@@ -29,9 +29,9 @@ from apecache.plan.step_timer import (
     made_up_texts,
 )
 from apecache.recipes.recipe import Recipe, load_recipe
-from apecache.train.encoder_fit import EncoderFit
-from apecache.train.fit import Training
+from apecache.train.fit import HeadFit
 from apecache.train.live import CachedInputs, ImageInputs, TokenInputs
+from apecache.train.tower_fit import EncoderFit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -158,7 +158,7 @@ def test_heads_alone_are_timed_as_fit_head_trains_them(specs: Any) -> None:
         spec=SPEC,
     )
     fit, pairs = clock._fit(("pooled", "pooled"), 8, False)
-    assert isinstance(fit, Training)
+    assert isinstance(fit, HeadFit)
     assert (pairs.image.shape, pairs.text.shape) == ((8, 64), (16, 32))
     assert 0 < clock.step(("pooled", "pooled")) < clock.step((None, None))
 

@@ -18,10 +18,11 @@ from apecache.recipes.recipe import Recipe, load_recipe, zoo_names
 from apecache.sweeps.population.population import Population, train_together
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training, seeded
+from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model
-from apecache.train.loop import draw_epoch, take_step
+from apecache.train.loop import draw_epoch, take_step, take_steps
 from apecache.train.model import evaluate_model
+from apecache.train.recorded_steps import recorded_steps
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-5
@@ -71,17 +72,17 @@ def short_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     return load_recipe(name, short)
 
 
-def begin(recipe: Recipe, train: FeaturePairs) -> Training:
+def begin(recipe: Recipe, train: FeaturePairs) -> HeadFit:
     model, _ = initial_model(recipe, train=train, dev=train, seed=0)
     for module in model.modules():
         # Devices draw other numbers than the CPU.
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     model.train()
-    return Training(model, recipe, 0)
+    return HeadFit(model, recipe, 0)
 
 
-def steps(training: Training, train: FeaturePairs, n_warm: int = 0) -> Counts:
+def steps(training: HeadFit, train: FeaturePairs, n_warm: int = 0) -> Counts:
     """Take steps, and count what those after the first `n_warm` do."""
     plan = StepCount.of(training.recipe, train)
     drawn = draw_epoch(training, train, plan)
@@ -96,11 +97,42 @@ def steps(training: Training, train: FeaturePairs, n_warm: int = 0) -> Counts:
     return counts
 
 
-def weights(training: Training) -> list[Tensor]:
+@pytest.mark.parametrize("content", [False, True], ids=["different images", "equal images"])
+def test_a_fit_replays_steps_that_never_wait(content: bool) -> None:
+    """Steps are recorded and replayed where no two images of a batch are equal."""
+    recipe = short_recipe("projection", ["schedule.epochs=3"])
+    train = pairs(160, 0, content)
+    fits = []
+    for features in (on_device(train), train):
+        fit = begin(recipe, features)
+        plan = StepCount.of(recipe, features)
+        recorded = recorded_steps(fit, features, plan)
+        replays = Graph.replays
+        with seeded(1, features.place):
+            for _ in range(3):
+                if recorded is None:
+                    take_steps(fit, draw_epoch(fit, features, plan), plan)
+                else:
+                    with Counts() as counts:
+                        recorded.take_steps(lambda _: None)
+                fit.in_epoch = 0
+        if recorded is not None:
+            # The rows of an epoch are sent without a wait too, and nothing is recorded any more.
+            assert counts.waits == {}
+            assert counts.races == []
+            assert (Graph.replays - replays == 3 * plan.per_epoch - 1) == (not content)
+        fits.append(fit)
+    there, here = fits
+    assert (
+        largest_distance(embeddings(there, on_device(train)), embeddings(here, train)) < TOLERANCE
+    )
+
+
+def weights(training: HeadFit) -> list[Tensor]:
     return list(training.model.state_dict().values())
 
 
-def embeddings(training: Training, train: FeaturePairs) -> list[Tensor]:
+def embeddings(training: HeadFit, train: FeaturePairs) -> list[Tensor]:
     """What the heads make of all pairs.
 
     Compared instead of weights: a weight whose gradient is rounding alone, as that of a bias before
@@ -208,7 +240,7 @@ def test_work_on_the_cpu_leaves_the_device_alone() -> None:
     assert torch.equal(before, generator_states(DEVICE)[1])
 
 
-def populations_of(content: bool) -> tuple[list[Training], FeaturePairs, StepCount, Any]:
+def populations_of(content: bool) -> tuple[list[HeadFit], FeaturePairs, StepCount, Any]:
     train = on_device(pairs(160, 0, content))
     made = [make([f"optimizer.lr={0.01 * (i + 1)}"], i, train) for i in range(3)]
     streams = MemberGenerators.seeded([1, 2, 3], DEVICE)

@@ -231,7 +231,7 @@ def test_a_file_that_is_no_report_is_refused(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(RunError, match="no report of extract"):
+    with pytest.raises(RunError, match="is not a report of extract"):
         fit_head(
             store,
             recipe=make_recipe(),

@@ -225,16 +225,14 @@ def test_a_trained_image_tower_needs_its_images(
     runs: Any,
     tiny_store: Path,
     tmp_path: Path,
+    images_are_gone: None,
 ) -> None:
     for command in (
         ("evaluate", runs["clip"][0]),
         ("index", runs["clip"][0], "--out", tmp_path / "index"),
     ):
         refused = call(*command, "--store", tiny_store)
-        assert (
-            refused.exit_code,
-            "needs the images; give their folder (--root)" in refused.output,
-        ) == (2, True)
+        assert (refused.exit_code, "needs the images" in refused.output) == (2, True)
         elsewhere = call(*command, "--store", tiny_store, "--root", tmp_path)
         assert (elsewhere.exit_code, "cannot be read" in elsewhere.output) == (3, True)
 

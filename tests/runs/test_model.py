@@ -68,7 +68,9 @@ def test_nothing_gives_nothing(model: ImageTextModel) -> None:
 
 def test_what_cannot_be_encoded_is_named(model: ImageTextModel, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"<html>")
-    with pytest.raises(DataError, match=r"image cannot be read: .*x\.png is none of JPEG"):
+    with pytest.raises(
+        DataError, match=r"image cannot be read: .*x\.png is a web page; expected JPEG"
+    ):
         model.encode_image([tmp_path / "x.png"])
     with pytest.raises(DataError, match="text 1: the caption is empty"):
         model.encode_text(["a", " "])

@@ -142,7 +142,7 @@ def test_too_few_vectors_name_the_exact_kind(kind: str) -> None:
 def test_a_kind_that_faiss_refuses_is_one_line(kind: str) -> None:
     with pytest.raises(
         OptionError,
-        match=r"FAISS refuses .*expected flat, ivf, hnsw or a FAISS factory",
+        match=r"FAISS refuses .*expected flat, ivf, hnsw, int8, binary or a FAISS factory",
     ) as caught:
         build_vectors(kind, VECTORS)
     assert len(str(caught.value).splitlines()) == 1
@@ -166,7 +166,7 @@ def test_a_faiss_without_gpu_says_what_to_install() -> None:
     if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus():
         pytest.skip("this FAISS has a GPU")
     with pytest.raises(DataError, match=r"apecache\[gpu\]"):
-        build_vectors("flat", VECTORS)[0].to_gpu(torch.device("cuda", 0))
+        build_vectors("ivf", VECTORS)[0].to_gpu(torch.device("cuda", 0))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

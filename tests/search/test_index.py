@@ -169,7 +169,7 @@ def test_an_empty_query_is_refused(query: str, opened: SearchIndex) -> None:
     [
         ("gone.jpg", None, r"gone\.jpg: no such file"),
         ("empty.png", b"", "0 bytes"),
-        ("page.jpg", b"<html>", "is none of JPEG"),
+        ("page.jpg", b"<html>", "is a web page; expected JPEG"),
         ("cut.png", "cut", "cannot be decoded"),
     ],
 )

@@ -162,7 +162,7 @@ def test_a_missing_object_is_a_missing_file(opened: Bucket) -> None:
 
 OPERATIONS: dict[str, Callable[[Bucket], object]] = {
     "write": lambda bucket: bucket.write("a", b""),
-    "create": lambda bucket: bucket.create("a", b""),
+    "create": lambda bucket: bucket.put_if_absent("a", b""),
     "list": lambda bucket: bucket.list("a"),
     "walk": lambda bucket: list(bucket.walk("a")),
 }
@@ -223,7 +223,7 @@ def test_no_name_of_an_object_is_taken_for_what_is_wrong(
     with s3_server.faults(Faults()) as faults:
         lost = iter(["reset"] * 2)
         faults.told = lambda method, path: next(lost, None)
-        opened.create(name, b"data")
+        opened.put_if_absent(name, b"data")
         assert faults.counts == {"reset": 2}
 
 
@@ -260,7 +260,7 @@ def test_a_fault_at_the_first_contact_is_survived(
     with s3_server.faults(Faults()) as faults:
         once = iter([kind])
         faults.told = lambda method, path: next(once, None)
-        assert open_bucket(bucket)[0].create("a", b"")
+        assert open_bucket(bucket)[0].put_if_absent("a", b"")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])

@@ -9,7 +9,7 @@ from remote import Faults, S3Server
 from tiny import Grown, tree
 
 from apecache.errors import DamagedError, StoreError
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.copy import copy_store
 from apecache.store.reader import FeatureStore
 from benchmarks.reliability.injection.tower import NAME, TowerSpec, run

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from apecache.errors import StoreError
 from apecache.storage.files import TEMPORARY
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 
 
 def everything(folder: Path) -> list[str]:
@@ -35,8 +35,8 @@ def test_an_object_is_read_back_whole_even_where_the_system_writes_a_few_bytes_a
 
 def test_writing_replaces_and_creating_does_not(tmp_path: Path) -> None:
     files = LocalFiles(tmp_path / "store")
-    assert files.create("x", b"first")
-    assert not files.create("x", b"second")
+    assert files.put_if_absent("x", b"first")
+    assert not files.put_if_absent("x", b"second")
     assert files.read("x") == b"first"
     files.write("x", b"third")
     assert files.read("x") == b"third"
@@ -49,7 +49,7 @@ def test_of_many_creators_exactly_one_puts_the_object_and_it_is_whole(tmp_path: 
 
     def create(number: int) -> None:
         gate.wait()
-        if LocalFiles(tmp_path / "store").create("x", bytes([number]) * 10_000):
+        if LocalFiles(tmp_path / "store").put_if_absent("x", bytes([number]) * 10_000):
             put.append(number)
 
     threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
@@ -100,7 +100,7 @@ def test_a_missing_object_is_a_missing_file_and_an_unreadable_one_a_store_error(
 
 
 @pytest.mark.parametrize("name", ["file/x", "x" * 300])
-@pytest.mark.parametrize("put", [LocalFiles.write, LocalFiles.create])
+@pytest.mark.parametrize("put", [LocalFiles.write, LocalFiles.put_if_absent])
 def test_what_the_system_refuses_is_one_line_with_the_path_and_what_to_do(
     tmp_path: Path,
     name: str,
@@ -158,7 +158,7 @@ def test_what_killed_writers_left_is_removed_but_not_while_somebody_writes(tmp_p
 WAITS = """
 import sys
 from pathlib import Path
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 with LocalFiles(Path(sys.argv[1])).exclusive("folder"):
     sys.stdout.write("held\\n")
     sys.stdout.flush()

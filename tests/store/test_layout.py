@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from apecache.errors import StoreError
 from apecache.store.layout import (
-    FORMAT_VERSION,
+    VIEW_FORMAT_VERSION,
     ArrayLayout,
     ArrayRecord,
     chunk_bytes,
@@ -85,9 +85,9 @@ def test_an_array_record_without_a_part_is_refused(missing: str) -> None:
 def test_a_newer_format_is_refused_by_name() -> None:
     with pytest.raises(
         StoreError,
-        match=rf"x.json has format {FORMAT_VERSION + 1}; .*upgrade apecache",
+        match=rf"x.json has format {VIEW_FORMAT_VERSION + 1}; .*upgrade apecache",
     ):
-        require_format({"format": FORMAT_VERSION + 1}, "x.json")
+        require_format({"format": VIEW_FORMAT_VERSION + 1}, "x.json")
 
 
 @pytest.mark.parametrize("value", [None, [], {}, {"format": "1"}, "format"])

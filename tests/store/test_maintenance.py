@@ -11,7 +11,7 @@ import pytest
 from tiny import Grown, damaged, put, tree
 
 from apecache.errors import DamagedError, IncompleteError, MismatchError, StoreError
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.layout import PAIRS, SOURCE
 from apecache.store.maintenance import (
     find_array,
@@ -22,6 +22,7 @@ from apecache.store.maintenance import (
     uncommit,
 )
 from apecache.store.reader import FeatureStore
+from apecache.store.table import read_contents
 from apecache.store.verify import verify_store
 from apecache.store.writer import ArrayWriter, PairColumns
 
@@ -35,9 +36,10 @@ def columns(store: FeatureStore, **changed: Any) -> PairColumns:
     source = store.source
     names = ("keys", "splits", "labels", "captions", "languages", "image_rows")
     plain = {name: getattr(pairs, name).tolist() for name in names}
-    return PairColumns(
-        **{**plain, "digest": source["digest"], "origin": source["origin"], **changed}
-    )
+    if source.get("view_only"):
+        plain["contents"] = read_contents(store.files)
+    recorded = {name: source[name] for name in ("digest", "origin", "options")}
+    return PairColumns(**{**plain, **recorded, **changed})
 
 
 def test_uncommitted_shards_are_pending_and_nothing_is_served(grown: Grown) -> None:
@@ -102,7 +104,7 @@ def test_a_lost_source_is_written_again_for_the_table_that_all_else_fits(
     grown: Grown,
     lost: tuple[str, ...],
 ) -> None:
-    store = FeatureStore.open(grown.store / "segments/0001")
+    store = FeatureStore.block(LocalFiles(grown.store / "segments/0001"))
     table = columns(store)
     root = store.source["root"]
     before = tree(grown.store)
@@ -125,7 +127,7 @@ def test_a_source_is_not_written_for_another_table(
     lost: tuple[str, ...],
     change: Callable[[PairColumns], dict[str, Any]],
 ) -> None:
-    store = FeatureStore.open(grown.store / "segments/0001")
+    store = FeatureStore.block(LocalFiles(grown.store / "segments/0001"))
     other = columns(store, **change(columns(store)))
     put(store.path, dict.fromkeys(lost))
     with pytest.raises(MismatchError):

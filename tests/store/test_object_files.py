@@ -68,8 +68,8 @@ def test_both_kinds_of_places_do_the_same(where: str, tmp_path: Path, place: str
     assert files.list("") == []
     assert not files.sizes("")
     files.write("a/b/c", b"one", memoryview(b"two"))
-    assert files.create("a/b/d", b"first")
-    assert not files.create("a/b/d", b"second")
+    assert files.put_if_absent("a/b/d", b"first")
+    assert not files.put_if_absent("a/b/d", b"second")
     files.write("a/b/c", b"three")
     files.write("e", b"")
     files.settle("a")
@@ -120,7 +120,7 @@ def test_no_object_is_sent_in_parts(files: ObjectFiles, s3_server: S3Server) -> 
     data = bytes(6 << 20)  # more than the parts that obstore would make of it
     with s3_server.faults(Faults()) as seen:
         files.write("large", data)
-        files.create("too", data)
+        files.put_if_absent("too", data)
     assert [method for method, _ in seen.requests] == ["PUT", "PUT"]
     assert not any("uploads" in path or "partNumber" in path for _, path in seen.requests)
 
@@ -132,7 +132,7 @@ def test_of_many_creators_exactly_one_puts_the_object(place: str) -> None:
     def create(number: int) -> None:
         files = open_files(place)
         gate.wait()
-        if files.create("x", bytes([number])):
+        if files.put_if_absent("x", bytes([number])):
             put.append(number)
 
     threads = [threading.Thread(target=create, args=(number,)) for number in range(8)]
@@ -151,9 +151,9 @@ def test_a_creation_whose_answer_was_lost_is_not_taken_for_another_writers(
     with s3_server.faults(Faults()) as faults:
         lost = iter(["lost", "lost"])
         faults.told = lambda method, path: next(lost, None) if method == "PUT" else None
-        assert files.create("x", b"mine")
+        assert files.put_if_absent("x", b"mine")
         assert faults.counts == {"lost": 2}
-    assert not files.create("x", b"others")
+    assert not files.put_if_absent("x", b"others")
     assert files.read("x") == b"mine"
 
 
@@ -276,7 +276,7 @@ def test_other_urls_are_no_places_and_no_folders(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         StoreError,
-        match=r":// is no place for a store; give a folder, or one of s3://, gs://, az://",
+        match=r":// cannot hold a store; give a folder, or a URL of s3://, gs://, az://",
     ):
         run(place, SMALL)
     assert list(tmp_path.iterdir()) == []
@@ -359,7 +359,7 @@ def test_a_single_writer_can_use_storage_without_put_if_absent(
     run(tower_store_once, SMALL, alone)
     assert objects(alone) == tree(tower_store_once)
     assert run(tower_store_once, SMALL, open_files(place, alone=True)) == []
-    assert not alone.create(SOURCE, b"other")
+    assert not alone.put_if_absent(SOURCE, b"other")
     with pytest.raises(MismatchError, match="another table"):
         create_store(alone, pairs=columns(replace(SMALL, images=11)), root="/data", version="0")
 

@@ -16,7 +16,7 @@ import xarray
 import zarr
 
 from apecache.errors import DamagedError, IncompleteError, MismatchError, StoreError
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.array import FeatureArray
 from apecache.store.layout import PAIRS, SOURCE, chunk_name, commit_name, quarantine_name
 from apecache.store.reader import FeatureStore

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apecache.errors import DamagedError, MismatchError, StoreError
-from apecache.storage.local import LocalFiles
-from apecache.store.layout import FORMAT_VERSION, chunk_name, commit_name
+from apecache.storage.local_files import LocalFiles
+from apecache.store.layout import VIEW_FORMAT_VERSION, chunk_name, commit_name
 from apecache.store.records import (
     CommitRecord,
     ObjectRecord,
@@ -102,8 +102,8 @@ def test_a_record_without_a_part_is_damaged_though_its_checksum_fits(missing: st
 
 
 def test_a_record_of_a_newer_format_is_refused_by_name() -> None:
-    data = with_checksum({"format": FORMAT_VERSION + 1, "anything": []})
-    with pytest.raises(StoreError, match=f"has format {FORMAT_VERSION + 1}.*upgrade apecache"):
+    data = with_checksum({"format": VIEW_FORMAT_VERSION + 1, "anything": []})
+    with pytest.raises(StoreError, match=f"has format {VIEW_FORMAT_VERSION + 1}.*upgrade apecache"):
         CommitRecord.from_bytes(data, "x.json")
 
 

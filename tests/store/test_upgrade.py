@@ -11,8 +11,8 @@ import pytest
 from tiny import tree
 
 from apecache.errors import StoreError
-from apecache.storage.local import LocalFiles
-from apecache.store.layout import FORMAT_VERSION, PAIRS, SOURCE
+from apecache.storage.local_files import LocalFiles
+from apecache.store.layout import FORMAT_VERSION, PAIRS, SOURCE, VIEW_FORMAT_VERSION
 from apecache.store.reader import FeatureStore
 from apecache.store.records import read_record, seal_record
 from apecache.store.upgrade import store_format, upgrade_store
@@ -64,9 +64,9 @@ def test_a_store_of_the_newest_format_needs_no_upgrade_and_nothing_is_written(
 def test_a_newer_format_is_refused_by_name(tmp_path: Path, name: str) -> None:
     store = Path(shutil.copytree(GOLDEN / f"format-{FORMAT_VERSION}", tmp_path / "store"))
     body = read_record(LocalFiles(store), name)
-    (store / name).write_bytes(seal_record(name, {**body, "format": FORMAT_VERSION + 1}))
+    (store / name).write_bytes(seal_record(name, {**body, "format": VIEW_FORMAT_VERSION + 1}))
     said = (
-        f"{name} has format {FORMAT_VERSION + 1}; this apecache reads up to {FORMAT_VERSION}: "
+        f"{name} has format {VIEW_FORMAT_VERSION + 1}; this apecache reads up to {VIEW_FORMAT_VERSION}: "
         "upgrade apecache"
     )
     for use in (

@@ -11,6 +11,7 @@ import pytest
 from tiny import DAMAGES, Grown, damaged, put, tree
 
 from apecache.errors import DamagedError, StoreError
+from apecache.store.layout import STAMPS
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import Problem, verify_store
 
@@ -48,10 +49,12 @@ def test_a_store_that_grew_is_sound_and_every_object_was_read(grown_once: Grown)
 def test_every_damage_to_every_object_is_found_and_named(grown: Grown, how: str) -> None:
     files = tree(grown.store)
     for name in sorted(files):
+        if how == "delete" and name == STAMPS:
+            continue  # a cache: without it the images are hashed again
         changed = damaged(files, name, how)
         put(grown.store, changed)
         found = verify_store(grown.store).problems
-        unsealed = how == "delete" and name.endswith("seal.json")
+        unsealed = how == "delete" and name.endswith(("seal.json", "view.json"))
         if unsealed:
             kind = "unsealed"
         elif how == "delete":
@@ -186,7 +189,7 @@ def _segments(store: Path) -> list[str]:
 def test_a_deleted_segment_is_missed(grown: Grown) -> None:
     shutil.rmtree(grown.store / "segments/0001")
     assert _segments(grown.store) == ["segments/0001"]
-    with pytest.raises(DamagedError, match=r"segments/0001 is missing \(4 images\)"):
+    with pytest.raises(DamagedError, match=r"segments/0001 is missing \(3 images\)"):
         FeatureStore.open(grown.store)
 
 

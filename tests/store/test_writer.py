@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from apecache.errors import DamagedError, MismatchError, StoreError
 from apecache.storage.files import TEMPORARY, Buffer
-from apecache.storage.local import LocalFiles
-from apecache.store.layout import FORMAT_VERSION, PAIRS, SOURCE, chunk_name, commit_name
+from apecache.storage.local_files import LocalFiles
+from apecache.store.layout import PAIRS, SOURCE, VIEW_FORMAT_VERSION, chunk_name, commit_name
 from apecache.store.reader import FeatureStore
 from apecache.store.records import with_checksum
 from apecache.store.writer import ArrayWriter, QuarantinedRow, create_array, create_store
@@ -209,11 +209,11 @@ def test_a_writer_cannot_overwrite_a_shard_that_another_is_about_to_commit(tmp_p
     refused = []
 
     class Second(LocalFiles):
-        def create(self, name: str, *buffers: Buffer) -> bool:
+        def put_if_absent(self, name: str, *buffers: Buffer) -> bool:
             if "/commits/" in name:
                 written.set()
                 finished.wait(10)
-            return super().create(name, *buffers)
+            return super().put_if_absent(name, *buffers)
 
     def intrude() -> None:
         try:
@@ -228,10 +228,10 @@ def test_a_writer_cannot_overwrite_a_shard_that_another_is_about_to_commit(tmp_p
     second = threading.Thread(target=intrude)
 
     class First(LocalFiles):
-        def create(self, name: str, *buffers: Buffer) -> bool:
+        def put_if_absent(self, name: str, *buffers: Buffer) -> bool:
             second.start()
             written.wait(0.5)
-            return super().create(name, *buffers)
+            return super().put_if_absent(name, *buffers)
 
     commit_shard(ArrayWriter(First(tmp_path / "store"), record), SMALL, 0)
     finished.set()
@@ -401,7 +401,7 @@ def test_a_misspelt_store_is_answered_with_the_one_beside_it(tower_store: Path) 
 
 
 def test_a_store_of_a_newer_format_is_refused_by_name(tower_store: Path) -> None:
-    newer = with_checksum({"format": FORMAT_VERSION + 1})
+    newer = with_checksum({"format": VIEW_FORMAT_VERSION + 1})
     for name in (PAIRS, SOURCE):
         (tower_store / name).write_bytes(newer)
     for what in (
@@ -410,7 +410,7 @@ def test_a_store_of_a_newer_format_is_refused_by_name(tower_store: Path) -> None
     ):
         with pytest.raises(
             StoreError,
-            match=f"has format {FORMAT_VERSION + 1}; .*upgrade apecache",
+            match=f"has format {VIEW_FORMAT_VERSION + 1}; .*upgrade apecache",
         ):
             what()
 
@@ -457,7 +457,7 @@ from pathlib import Path
 import numpy as np
 from benchmarks.reliability.injection import tower
 from benchmarks.reliability.injection.syscalls import intercepted, unsynced
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.writer import ArrayWriter, create_array
 
 folder, rows = Path(sys.argv[1]), int(sys.argv[2])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apecache.recipes.recipe import load_recipe
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training, seeded
+from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model
 from apecache.train.loop import run_training
 
@@ -39,16 +39,16 @@ def make(
     settings: Sequence[str],
     seed: int,
     train: FeaturePairs = TRAIN,
-) -> tuple[Training, StepCount]:
+) -> tuple[HeadFit, StepCount]:
     recipe = load_recipe(SMALL, settings)
-    return Training(
+    return HeadFit(
         initial_model(recipe, train=train, dev=DEV, seed=seed)[0],
         recipe,
         seed,
     ), StepCount.of(recipe, train)
 
 
-def solo(settings: Sequence[str], seed: int, train: FeaturePairs = TRAIN) -> Training:
+def solo(settings: Sequence[str], seed: int, train: FeaturePairs = TRAIN) -> HeadFit:
     training, plan = make(settings, seed, train)
     with seeded(seed + 1, CPU):
         run_training(
@@ -62,11 +62,11 @@ def solo(settings: Sequence[str], seed: int, train: FeaturePairs = TRAIN) -> Tra
     return training
 
 
-def weights(training: Training) -> dict[str, Tensor]:
+def weights(training: HeadFit) -> dict[str, Tensor]:
     return {name: value.double() for name, value in training.model.state_dict().items()}
 
 
-def distance(one: Training, other: Training) -> float:
+def distance(one: HeadFit, other: HeadFit) -> float:
     """Largest relative distance of a tensor of weights."""
     ours = weights(one)
     theirs = weights(other)
@@ -76,5 +76,5 @@ def distance(one: Training, other: Training) -> float:
     )
 
 
-def losses(training: Training) -> list[float]:
+def losses(training: HeadFit) -> list[float]:
     return [line["loss"] for line in training.history[1:]]

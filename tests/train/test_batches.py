@@ -25,8 +25,8 @@ from apecache.train.batches import (
     choose_splits,
     join_groups,
 )
+from apecache.train.paired_rows import Features, select_pairs
 from apecache.train.resident import load_rows
-from apecache.train.selection import Features, select_pairs
 
 
 def numbered(counts: list[int]) -> FeaturePairs:

@@ -23,7 +23,7 @@ from apecache.sweeps.population.population import train_together
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.augment import mixed_groups
 from apecache.train.batches import FeaturePairs, SplitSpec, batches, require_images
-from apecache.train.fit import StepCount, Training, seeded
+from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.fit_head import FitReport, fit_head
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
@@ -182,8 +182,8 @@ def test_a_population_ends_where_fits_of_their_own_end(store: FeatureStore) -> N
     train, dev = loaded(store)
     recipes = [make_recipe("schedule.epochs=3", f"optimizer.lr={lr}") for lr in (0.01, 0.02)]
 
-    def made(recipe: Recipe) -> Training:
-        return Training(initial_model(recipe, train=train, dev=dev, seed=0)[0], recipe, 0)
+    def made(recipe: Recipe) -> HeadFit:
+        return HeadFit(initial_model(recipe, train=train, dev=dev, seed=0)[0], recipe, 0)
 
     members = [made(recipe) for recipe in recipes]
     plan = StepCount.of(recipes[0], train)

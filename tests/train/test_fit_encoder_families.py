@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from families import DECODER, FAMILIES, VISION, build_text, clip, distilbert, modernbert, mpnet
+from families import (
+    DECODER,
+    FAMILIES,
+    VISION,
+    build_text,
+    clip,
+    deberta,
+    distilbert,
+    modernbert,
+    mpnet,
+    siglip,
+)
 from model_tokenizers import N_TOKENS
 from PIL import Image
 from tiny import extract_tiny, make_shapes
@@ -37,8 +48,28 @@ LOW_RANK = {
     "modernbert": (WIDTH + 3 * WIDTH) + 2 * WIDTH + (WIDTH + 2 * INNER) + (INNER + WIDTH),
     # Four heads of queries share the keys and values of two.
     "qwen3": 2 * (WIDTH + WIDTH) + 2 * (WIDTH + WIDTH // 2) + 3 * (WIDTH + INNER),
+    "deberta-v3": PLAIN,
+    "clip": PLAIN,
+    "siglip": PLAIN,
+    # One layer for queries, keys and values, and timm's feed-forward is four times as wide.
+    "timm: siglip": (WIDTH + 3 * WIDTH) + 2 * WIDTH + 2 * (WIDTH + 4 * WIDTH),
+    "timm: dinov3": (WIDTH + 3 * WIDTH) + 2 * WIDTH + 2 * (WIDTH + 4 * WIDTH),
+    "timm: pe": (WIDTH + 3 * WIDTH) + 2 * WIDTH + 2 * (WIDTH + 4 * WIDTH),
+    # Its feed-forward is 8 / 3 times as wide, with a gate in the same layer. Its attention, as
+    # open_clip's, calls the weights past their layer.
+    "timm: eva02": (WIDTH + 2 * (WIDTH * 8 // 3)) + (WIDTH * 8 // 3 + WIDTH),
+    "open_clip: clip, image": 2 * (WIDTH + 4 * WIDTH),
+    "open_clip: clip, text": 2 * (WIDTH + 4 * WIDTH),
+    "open_clip: siglip, text": 2 * (WIDTH + 4 * WIDTH),
+    "open_clip: xlm-roberta, text": PLAIN,
 }
 """Numbers that LoRA of rank 1 adds to one block, in attention and feed-forward."""
+MLP_ONLY = (
+    "timm: eva02",
+    "open_clip: clip, image",
+    "open_clip: clip, text",
+    "open_clip: siglip, text",
+)
 TEXTS: dict[str, Any] = {
     "mpnet": build_text(mpnet, "roberta", 32),
     "distilbert": build_text(distilbert, "bert", 32),
@@ -48,6 +79,9 @@ TEXTS: dict[str, Any] = {
         "qwen",
         32,
     ),
+    "deberta-v3": build_text(deberta, "bert", 32),
+    "clip": build_text(clip(257), "clip", 77),
+    "siglip": build_text(siglip, "t5", 64),
 }
 
 
@@ -78,11 +112,18 @@ def encoder_spec(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], En
     root = tmp_path_factory.mktemp("families-models")
 
     def spec(name: str) -> EncoderSpec:
-        folder = root / name.partition("'")[0].replace(", ", "-")
+        folder = root / "".join(letter if letter.isalnum() else "-" for letter in name)
+        if name in TEXTS:
+            build, library, modality = TEXTS[name], "hf", "text"
+        else:
+            family = FAMILIES[name]
+            build, library, modality = family.build, family.library, family.modality
+            if family.needs is not None:
+                pytest.importorskip(family.needs)
         if not folder.exists():
             folder.mkdir()
-            (TEXTS[name] if name in TEXTS else FAMILIES[name].build)(folder)
-        return parse_encoder(f"hf:{folder}", "text" if name in TEXTS else "image")
+            build(folder)
+        return parse_encoder(f"{library}:{folder}", modality)  # type: ignore[arg-type]
 
     return spec
 
@@ -112,7 +153,7 @@ class Fitted:
     ) -> FitEncoderReport:
         store, open_image = data
         short = [
-            "schedule.epochs=2",
+            "schedule.steps=10",
             "schedule.batch_size=4",
             "schedule.warmup=0",
             "optimizer.lr=1e-2",
@@ -159,7 +200,8 @@ def test_low_rank_updates_train_alone(
     spec = encoder_spec(name)
     side = spec.modality
     fitted = Fitted(monkeypatch)
-    adapter = f'{{kind = "lora", rank = {RANK}, targets = ["attention", "mlp"]}}'
+    targets = '["mlp"]' if name in MLP_ONLY else '["attention", "mlp"]'
+    adapter = f'{{kind = "lora", rank = {RANK}, targets = {targets}}}'
     fitted.run(
         data,
         spec,
@@ -171,6 +213,88 @@ def test_low_rank_updates_train_alone(
     assert fitted.changed(f"{side}.tower.module.") == set()
     changed = fitted.changed(f"{side}.tower.adapters.lora.")
     assert {key.partition(".")[0] for key in changed} == {"0", "1"}
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_layerwise_adapters_train_alone(
+    name: str,
+    data: Any,
+    encoder_spec: Callable[[str], EncoderSpec],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = encoder_spec(name)
+    side = spec.modality
+    fitted = Fitted(monkeypatch)
+    fitted.run(
+        data,
+        spec,
+        tmp_path / "run",
+        'towers.rules=[{part = "adapters"}]',
+        f'towers.{side}_adapter={{kind = "layerwise", reduction = 4}}',
+    )
+    narrow = WIDTH // 4
+    one = WIDTH * narrow + narrow + narrow * WIDTH + WIDTH
+    assert fitted.trained(f"{side}.tower.") == N_BLOCKS * 2 * one
+    assert fitted.changed(f"{side}.tower.module.") == set()
+
+
+def test_low_rank_updates_that_no_hook_reaches_are_refused_by_name(
+    data: Any,
+    encoder_spec: Callable[[str], EncoderSpec],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fitted = Fitted(monkeypatch)
+    for name in ("open_clip: clip, image", "timm: beit"):
+        spec = encoder_spec(name)
+        with pytest.raises(RecipeError, match=r"past their layer.*use targets = \['mlp'\]"):
+            fitted.run(
+                data,
+                spec,
+                tmp_path / "run",
+                'towers.rules=[{part = "adapters"}]',
+                'towers.image_adapter={kind = "lora"}',
+            )
+
+
+def test_recipes_that_take_a_class_token_name_the_option_for_towers_without(
+    data: Any,
+    encoder_spec: Callable[[str], EncoderSpec],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fitted = Fitted(monkeypatch)
+    for name in ("siglip's image tower alone", "qwen3", "clip", "open_clip: clip, text"):
+        spec = encoder_spec(name)
+        option = f"towers.{spec.modality}_pooling"
+        with pytest.raises(EncoderError, match=f"--set {option}=default"):
+            fitted.run(
+                data,
+                spec,
+                tmp_path / "run",
+                f'towers.rules=[{{part = "{spec.modality}.blocks"}}]',
+                f"{option}=cls",
+            )
+
+
+def test_the_last_token_is_a_pooling_of_recipes(
+    data: Any,
+    encoder_spec: Callable[[str], EncoderSpec],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fitted = Fitted(monkeypatch)
+    fitted.run(
+        data,
+        encoder_spec("mpnet"),
+        tmp_path / "run",
+        'towers.rules=[{part = "text.blocks[-1]"}]',
+        "towers.text_pooling=last",
+    )
+    assert fitted.model is not None
+    assert fitted.model.text.tower is not None
+    assert fitted.model.text.tower.pooling == "last"
 
 
 @pytest.mark.parametrize("name", LOW_RANK)

@@ -36,7 +36,7 @@ from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import FitReport, fit_head, untrained_heads
 from apecache.train.head_data import FitSpec, load_splits
-from apecache.train.selection import Features as Loaded
+from apecache.train.paired_rows import Features as Loaded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

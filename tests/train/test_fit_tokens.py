@@ -103,7 +103,7 @@ def test_a_head_trained_on_views_is_measured_on_the_images_as_they_are(
 def test_views_alone_cannot_be_measured(stored: Path, tmp_path: Path) -> None:
     import shutil
 
-    from apecache.storage.local import LocalFiles
+    from apecache.storage.local_files import LocalFiles
     from apecache.store.maintenance import remove_array
 
     fit(stored, tmp_path / "run", "projection", "tiny-vit-2views", "tiny-bert")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from apecache.encoders.tower import Tower
 from apecache.errors import OptionError
 from apecache.losses.contrastive import Groups
-from apecache.losses.objective import build_temperature, contrast
+from apecache.losses.registry import build_temperature, contrast
 from apecache.losses.spec import LossSpec
 from apecache.train.grad_cache import backward_in_slices
 

@@ -11,7 +11,7 @@ from torch import nn
 from apecache.heads.build import build_heads
 from apecache.heads.head import HeadSpec
 from apecache.losses.contrastive import Temperature
-from apecache.recipes.recipe import OptimizerSpec, ScheduleSpec
+from apecache.recipes.schedule import OptimizerSpec, ScheduleSpec
 from apecache.runs.checkpoint import restore_optimizer
 from apecache.train.model import AlignmentModel
 from apecache.train.optim import build_optimizer, learning_rate_factor

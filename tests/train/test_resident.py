@@ -15,7 +15,7 @@ from apecache.recipes.recipe import load_recipe
 from apecache.store.reader import FeatureStore
 from apecache.train import resident
 from apecache.train.batches import SplitSpec
-from apecache.train.fit import Training
+from apecache.train.fit import HeadFit
 from apecache.train.head_data import load_splits
 from apecache.train.initial import initial_model
 from apecache.train.resident import SideRows, choose_resident, fit_bytes, load_rows
@@ -141,7 +141,7 @@ def test_the_weights_of_a_fit_are_counted_with_their_states(store: FeatureStore)
     arrays = (store.array("image"), store.array("text"))
     train, dev = load_splits(store, *arrays, SplitSpec(dev="dev"), CPU, recipe)
     model, _ = initial_model(recipe, train=train, dev=dev, seed=0)
-    training = Training(model, recipe, 0)
+    training = HeadFit(model, recipe, 0)
     weights = sum(parameter.numel() for parameter in training.model.parameters())
     sides = [
         resident.side_rows(array, n_train, 0)

@@ -113,7 +113,7 @@ def test_what_is_no_folder_is_refused_and_the_extra_is_named(
     ):
         pass
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="is no folder"), log_to_tensorboard(tmp_path / "file"):
+    with pytest.raises(RunError, match="is not a folder"), log_to_tensorboard(tmp_path / "file"):
         pass
     monkeypatch.setattr("apecache.train.tracking.find_spec", lambda name: None)
     with (

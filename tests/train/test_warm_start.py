@@ -30,7 +30,12 @@ from apecache.train.head_data import FitSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SHORT = ["schedule.epochs=1", "schedule.batch_size=8", "schedule.warmup=0"]
+SHORT = [
+    "schedule.epochs=1",
+    "schedule.batch_size=8",
+    "schedule.warmup=0",
+    "schedule.warmup_steps=0",
+]
 DEV = SplitSpec(dev="val")
 LINEAR = ["image.dim=16", "text.dim=16", "towers.image_pooling=cls", "towers.text_pooling=cls"]
 MLP = [

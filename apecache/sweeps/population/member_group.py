@@ -1,26 +1,34 @@
 """Members of a population that take their steps together, from one batched product to the next.
 
-On CUDA, where launches of small products cost more than the products, the second step is recorded
-and all later steps replay it.
+On an accelerator launches of small operations cost more than the operations. There all members
+share the logits of one batched product, one optimizer and one draw of dropout masks. The second
+step is recorded, and all later ones replay it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from apecache.device import send
+from apecache.device import float32_products, send
 from apecache.heads.head import EnsembleHead
-from apecache.losses.objective import TILED_FROM
+from apecache.losses.registry import TILED_FROM
 from apecache.recipes.recipe import AugmentationSpec
-from apecache.sweeps.population.stacked_heads import MemberGenerators, StackedHeads
-from apecache.sweeps.population.stacked_losses import stacked_info_nce
-from apecache.sweeps.population.step_graph import StepGraph, recorder_of, try_to_record
+from apecache.sweeps.population.stacked_adam import StackedAdam, can_share_adam
+from apecache.sweeps.population.stacked_batches import StackedBatch, draw_stacked
+from apecache.sweeps.population.stacked_heads import (
+    MemberGenerators,
+    StackedHeads,
+    StackedParameter,
+)
+from apecache.sweeps.population.stacked_losses import batched_info_nce, stacked_info_nce
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs
-from apecache.train.fit import StepCount, Training
-from apecache.train.loop import apply_update, draw_epoch, rates_at, set_rates
-from apecache.train.optim import direct_update, is_direct
+from apecache.train.fit import HeadFit, StepCount
+from apecache.train.loop import apply_update, set_rates
+from apecache.train.optim import direct_update
+from apecache.train.step_graph import StepGraph, recorder_of
 
 
 class MemberGroup:
@@ -31,39 +39,66 @@ class MemberGroup:
         members: The members, in the order of `places`.
         streams: The random states of these members.
         plan: The plan of every member.
+        few_launches: Whether operations are shared where that saves launches, as on accelerators.
+            Dropout then draws from the states of the first member alone.
     """
 
     def __init__(
         self,
         places: list[int],
-        members: list[Training],
+        members: list[HeadFit],
         streams: MemberGenerators,
         plan: StepCount,
+        few_launches: bool,
     ) -> None:
         self.places = places
         self.members = members
         self.streams = streams
         self.plan = plan
+        self.few_launches = few_launches
         models = [member.model for member in members]
+        mask_streams = None if few_launches else streams
         self.heads = (
-            StackedHeads([model.image for model in models], streams),
-            StackedHeads([model.text for model in models], streams),
+            StackedHeads([model.image for model in models], mask_streams),
+            StackedHeads([model.text for model in models], mask_streams),
         )
-        self.temperatures = [_trained_parameters(model.temperature) for model in models]
-        for parameters in self.temperatures:
-            for parameter in parameters:
-                parameter.grad = torch.zeros_like(parameter)
+        # Members of one group have the same kind of temperature (see `stack_key`).
+        self.is_log = models[0].temperature.kind == "log_scale"
+        self.temperature = StackedParameter([model.temperature.parameter for model in models])
+        self.temperatures = [self.temperature]
+        if models[0].temperature.bias is not None:
+            self.temperatures.append(
+                StackedParameter([_bias_of(model.temperature.bias) for model in models])
+            )
+        device = streams.device
+        bounds = torch.tensor([model.temperature.bounds for model in models])
+        self.lowest, self.highest = bounds.to(device).unbind(1)
         self.updates: list[Callable[[], object]] = []
-        self.recorder = recorder_of(streams.device) if all(map(_can_be_recorded, members)) else None
+        self.shared: StackedAdam | None = None
+        if few_launches and can_share_adam(members):
+            self.shared = StackedAdam(members, self._stacks())
+        self.recorder = recorder_of(device) if self._can_be_recorded() else None
         self.graphs: dict[bool, StepGraph] = {}
-        n_groups = len(_optimizer(members[0]).param_groups)
-        # A recorded step reads the rates from this tensor: numbers of the host would be frozen.
-        self.rates = torch.zeros(len(members), n_groups, device=streams.device)
+        self.is_warm = False
+
+    def _stacks(self) -> list[StackedParameter]:
+        """Return all stacked parameters."""
+        image_heads, text_heads = self.heads
+        return [*self.temperatures, *image_heads.joined, *text_heads.joined]
+
+    def _can_be_recorded(self) -> bool:
+        """Return whether a step does the same whatever its batches are."""
+        return self.shared is not None and all(
+            _is_plain(member) and member.recipe.augmentation == AugmentationSpec()
+            for member in self.members
+        )
 
     def release(self) -> None:
         """Give members weights outside the stacks."""
-        for heads in self.heads:
-            heads.release()
+        if self.shared is not None:
+            self.shared.release()
+        for stack in self._stacks():
+            stack.release()
 
     def take_steps(self, train: FeaturePairs, standardized: bool) -> None:
         """Take the rest of an epoch's steps.
@@ -74,141 +109,143 @@ class MemberGroup:
         """
         members = self.members
         plan = self.plan
-        batches_of_members = [draw_epoch(member, train, plan) for member in members]
-        rates_of_steps = self._rates_of_epoch()
-        while members[0].in_epoch < plan.per_epoch and members[0].step < plan.n_steps:
-            self._set_rates(rates_of_steps)
-            losses = self._step(batches_of_members, standardized)
-            for member, loss in zip(members, losses.unbind(), strict=True):
-                member.losses.append(loss)
-                member.step = member.step + 1
-                member.in_epoch = member.in_epoch + 1
+        drawn = draw_stacked(members, train, plan)
+        scalars_of_steps = self._scalars_of_epoch()
+        with float32_products(self.streams.device, tf32=True), self._masks():
+            while members[0].in_epoch < plan.per_epoch and members[0].step < plan.n_steps:
+                for member in members:
+                    set_rates(member, plan)
+                losses = self._step(drawn, standardized, next(scalars_of_steps, None))
+                for member, loss in zip(members, losses.unbind(), strict=True):
+                    member.losses.append(loss)
+                    member.step = member.step + 1
+                    member.in_epoch = member.in_epoch + 1
+
+    def _masks(self) -> AbstractContextManager[None]:
+        """Let shared masks be drawn from the states of the first member."""
+        return self.streams.use(0) if self.few_launches else nullcontext()
 
     @torch.no_grad()
     def _step(
         self,
-        batches_of_members: Sequence[Iterator[Batch]],
+        drawn: Iterator[StackedBatch],
         standardized: bool,
+        scalars: Tensor | None,
     ) -> Tensor:
         """Take one step and return its losses, float [k]."""
-        micro_batches = self._draw(batches_of_members)
-        # The first step runs torch's own way: it makes the optimizer states that a record needs.
-        if self.recorder is None or not self.updates:
-            return self._whole_step(micro_batches, standardized)
+        micro_batches = (next(drawn) for _ in range(self.plan.accumulate))
+        # The first step makes what a record needs, such as the handles of libraries.
+        if self.recorder is None or not self.is_warm:
+            self.is_warm = True
+            return self._whole_step(micro_batches, standardized, scalars)
         drawn_batches = list(micro_batches)
-        if all(self._are_plain(batches) for batches in drawn_batches):
-            graph = self._graph(drawn_batches, standardized)
+        if all(self._are_plain(batch) for batch in drawn_batches):
+            graph = self._graph(drawn_batches, standardized, scalars)
             if graph:
-                return graph(_inputs(drawn_batches))
-        return self._whole_step(drawn_batches, standardized)
+                return graph(_inputs(drawn_batches, scalars))
+        return self._whole_step(drawn_batches, standardized, scalars)
 
-    def _draw(self, batches_of_members: Sequence[Iterator[Batch]]) -> Iterator[list[Batch]]:
-        """Yield one batch of every member for each accumulation of a step.
-
-        Lazily, so that one accumulation's batches are in memory at a time.
-        """
-        for _ in range(self.plan.accumulate):
-            yield [next(batches) for batches in batches_of_members]
-
-    def _whole_step(self, micro_batches: Iterable[list[Batch]], standardized: bool) -> Tensor:
+    def _whole_step(
+        self,
+        micro_batches: Iterable[StackedBatch],
+        standardized: bool,
+        scalars: Tensor | None,
+    ) -> Tensor:
         self._clear()
-        losses = [self._add_gradients(batches, standardized) for batches in micro_batches]
-        self._update()
-        return torch.stack(losses).sum(0)
+        losses = [self._add_gradients(batch, standardized) for batch in micro_batches]
+        self._update(scalars)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum(0)
 
     def _graph(
         self,
-        micro_batches: Sequence[list[Batch]],
+        micro_batches: Sequence[StackedBatch],
         standardized: bool,
+        scalars: Tensor | None,
     ) -> StepGraph | None:
         """Return the recorded step, recorded now if need be; None where the device refuses."""
         if standardized not in self.graphs:
             assert self.recorder is not None
             step = self._recorded_step(standardized)
-            graph = try_to_record(step, _inputs(micro_batches), self.recorder)
-            if graph is None:
+            graph = StepGraph(step, _inputs(micro_batches, scalars), self.recorder)
+            if not graph.is_recorded:
                 self.recorder = None
-                # These updates read rates from a tensor that is no longer written.
-                self.updates = []
                 return None
             self.graphs[standardized] = graph
         return self.graphs[standardized]
 
     def _recorded_step(self, standardized: bool) -> Callable[[Sequence[Tensor]], Tensor]:
         """Return `_whole_step` of plain batches, without anything that only the host can do."""
+        no_groups = (None,) * len(self.members)
 
         def step(inputs: Sequence[Tensor]) -> Tensor:
-            self._clear()
-            losses = []
-            for image, text in zip(inputs[::2], inputs[1::2], strict=True):
-                image_embedding, text_embedding = self._forward(image, text, standardized)
-                contrast = self._contrast(image_embedding, text_embedding)
-                losses.append(self._backward(*contrast))
-            for member, update in zip(self.members, self.updates, strict=True):
-                apply_update(member, update)
-            return torch.stack(losses).sum(0)
+            scalars, *features = inputs
+            batches = [
+                StackedBatch(image=image, text=text, groups=no_groups)
+                for image, text in zip(features[::2], features[1::2], strict=True)
+            ]
+            return self._whole_step(batches, standardized, scalars)
 
         return step
 
     def _clear(self) -> None:
         for heads in self.heads:
             heads.forget()
-        for parameters in self.temperatures:
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad.zero_()
+        for stack in self.temperatures:
+            # Losses by autograd add to gradients that exist.
+            if stack.gradient is not None:
+                stack.gradient.zero_()
+            stack.fresh = False
 
-    def _rates_of_epoch(self) -> Iterator[Tensor]:
-        """Send the rates of the steps that are left of an epoch, and yield those of each step.
+    def _scalars_of_epoch(self) -> Iterator[Tensor]:
+        """Send the numbers of the updates that are left of an epoch, and yield those of each step.
 
-        One copy for all of them: a copy in each step would wait for the device. Each is float32
-        [k, groups]; there are none where steps are not recorded.
+        One copy for all of them: a copy in each step would wait for the device. There are none
+        where each member has an optimizer of its own.
         """
-        if self.recorder is None:
+        if self.shared is None:
             return iter(())
         first = self.members[0]
         n_left = min(self.plan.per_epoch - first.in_epoch, self.plan.n_steps - first.step)
-        rates_of_steps = []
+        scalars_of_steps = []
         for step in range(first.step, first.step + n_left):
-            rates_of_steps.append([rates_at(member, step, self.plan) for member in self.members])
-        return iter(send(torch.tensor(rates_of_steps), self.rates.device).unbind())
+            scalars_of_steps.append(self.shared.scalars_at(step, self.plan))
+        return iter(send(torch.tensor(scalars_of_steps), self.streams.device).unbind())
 
-    def _set_rates(self, rates_of_steps: Iterator[Tensor]) -> None:
-        for member in self.members:
-            set_rates(member, self.plan)
-        # None are left where the device refused to record.
-        rates = next(rates_of_steps, None)
-        if rates is not None:
-            self.rates.copy_(rates)
-
-    def _update(self) -> None:
+    def _update(self, scalars: Tensor | None) -> None:
         """Update all members.
 
-        The first time by `Optimizer.step`, which makes the state of an optimizer where it has none.
+        Optimizers of the members' own take their first step by `Optimizer.step`, which makes the
+        state of an optimizer where it has none.
         """
+        if self.shared is not None:
+            assert scalars is not None
+            self.shared.update(scalars)
+            self.temperature.value.clamp_(self.lowest, self.highest)
+            self.shared.follow()
+            return
         updates = self.updates or [_optimizer(member).step for member in self.members]
         for member, update in zip(self.members, updates, strict=True):
             apply_update(member, update)
-        if self.updates:
-            return
-        rates = [None] * len(self.members) if self.recorder is None else self.rates.unbind()
-        direct_updates = []
-        for member, member_rates in zip(self.members, rates, strict=True):
-            direct_updates.append(direct_update(_optimizer(member), member_rates))
-        self.updates = direct_updates
+        if not self.updates:
+            self.updates = [direct_update(_optimizer(member)) for member in self.members]
 
-    def _add_gradients(self, member_batches: Sequence[Batch], standardized: bool) -> Tensor:
-        batches = [self._seen(i, batch) for i, batch in enumerate(member_batches)]
-        image, text = self._forward(*_stacked(batches), standardized)
-        if self._are_plain(batches):
+    def _add_gradients(self, batch: StackedBatch, standardized: bool) -> Tensor:
+        seen = self._seen(batch)
+        image, text = self._forward(seen.image, seen.text, standardized)
+        if self._are_plain(seen):
             contrast = self._contrast(image, text)
         else:
-            contrast = self._one_by_one(batches, image, text)
+            contrast = self._one_by_one(seen, image, text)
         return self._backward(*contrast)
 
-    def _are_plain(self, batches: Sequence[Batch]) -> bool:
-        pairs = zip(self.members, batches, strict=True)
-        return all(_is_plain(member, batch) for member, batch in pairs)
+    def _are_plain(self, batch: StackedBatch) -> bool:
+        """Return whether the stacked loss is the loss of every member on this batch."""
+        n_logits = batch.image.shape[1] * batch.text.shape[1]
+        return (
+            n_logits <= TILED_FROM
+            and all(groups is None for groups in batch.groups)
+            and all(map(_is_plain, self.members))
+        )
 
     def _forward(self, image: Tensor, text: Tensor, standardized: bool) -> tuple[Tensor, Tensor]:
         image_heads, text_heads = self.heads
@@ -222,12 +259,20 @@ class MemberGroup:
         text_heads.backward(by_text)
         return losses
 
-    def _seen(self, i: int, batch: Batch) -> Batch:
-        """Return the batch of member `i` after its augmentation."""
+    def _seen(self, batch: StackedBatch) -> StackedBatch:
+        """Return the batch after each member's augmentation."""
+        if all(member.recipe.augmentation == AugmentationSpec() for member in self.members):
+            return batch
+        return StackedBatch.join(
+            [self._augmented(i, batch.of(i)) for i in range(len(self.members))]
+        )
+
+    def _augmented(self, i: int, batch: Batch) -> Batch:
         training = self.members[i]
         if training.recipe.augmentation == AugmentationSpec():
             return batch
-        with self.streams.use(i):
+        states = nullcontext() if self.few_launches else self.streams.use(i)
+        with states:
             return augment(
                 batch,
                 spec=training.recipe.augmentation,
@@ -245,22 +290,19 @@ class MemberGroup:
         Returns:
             Losses, float [k], and their gradients by image and by text, float [k, n, dim].
         """
-        scale = _stack([member.model.temperature.scale() for member in self.members])
-        losses, (by_image, by_text, by_scale) = stacked_info_nce(image, text, scale)
+        info_nce = batched_info_nce if self.few_launches else stacked_info_nce
+        scale = self.temperature.value.exp() if self.is_log else 1 / self.temperature.value
+        losses, (by_image, by_text, by_log_scale) = info_nce(image, text, scale)
         if self.plan.accumulate > 1:
-            for tensor in (losses, by_image, by_text, by_scale):
+            for tensor in (losses, by_image, by_text, by_log_scale):
                 tensor.div_(self.plan.accumulate)
-        # The parameter is the logarithm of the scale, so that its gradient has a factor of scale.
-        by_temperature = by_scale.mul_(scale).unbind()
-        for parameters, gradient in zip(self.temperatures, by_temperature, strict=True):
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad.add_(gradient)
+        # The loss gives the gradient by log(1 / T), which is -T times that by T.
+        self.temperature.add(by_log_scale if self.is_log else by_log_scale.mul(scale).neg_())
         return losses, by_image, by_text
 
     def _one_by_one(
         self,
-        batches: Sequence[Batch],
+        batch: StackedBatch,
         image: Tensor,
         text: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -271,11 +313,11 @@ class MemberGroup:
         losses = []
         by_image = torch.empty_like(image)
         by_text = torch.empty_like(text)
-        for i, (member, batch) in enumerate(zip(self.members, batches, strict=True)):
+        for i, member in enumerate(self.members):
             image_row = image[i].detach().requires_grad_()
             text_row = text[i].detach().requires_grad_()
             with torch.enable_grad():
-                loss = member.model.loss_of(batch, image_row, text_row, member.step)
+                loss = member.model.loss_of(batch.of(i), image_row, text_row, member.step)
                 loss = loss / self.plan.accumulate
                 loss.backward()
             losses.append(loss.detach())
@@ -286,54 +328,27 @@ class MemberGroup:
         return torch.stack(losses), by_image, by_text
 
 
-def _optimizer(member: Training) -> torch.optim.Optimizer:
+def _optimizer(member: HeadFit) -> torch.optim.Optimizer:
     assert member.optimizer is not None
     return member.optimizer
 
 
-def _trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+def _bias_of(bias: nn.Parameter | None) -> nn.Parameter:
+    assert bias is not None
+    return bias
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    # A view of a single tensor: `torch.stack` would copy it.
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-def _inputs(micro_batches: Sequence[Sequence[Batch]]) -> list[Tensor]:
-    """List the stacked images and texts of each accumulation in turn."""
-    tensors: list[Tensor] = []
-    for batches in micro_batches:
-        tensors.extend(_stacked(batches))
+def _inputs(micro_batches: Sequence[StackedBatch], scalars: Tensor | None) -> list[Tensor]:
+    """List the numbers of the update, then images and texts of each accumulation in turn."""
+    assert scalars is not None
+    tensors = [scalars]
+    for batch in micro_batches:
+        tensors += [batch.image, batch.text]
     return tensors
 
 
-def _stacked(batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-    image = _stack([batch.image for batch in batches])
-    text = _stack([batch.text for batch in batches])
-    return image, text
-
-
-def _can_be_recorded(member: Training) -> bool:
-    """Return whether steps draw no random numbers and the optimizer takes a tensor of rates."""
-    modules = member.model.modules()
-    draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
-    return (
-        not draws
-        and member.recipe.augmentation == AugmentationSpec()
-        and is_direct(_optimizer(member))
-    )
-
-
-def _is_plain(member: Training, batch: Batch) -> bool:
-    """Return whether the stacked loss is this member's loss on this batch."""
+def _is_plain(member: HeadFit) -> bool:
+    """Return whether the stacked loss is this member's loss."""
     loss = member.recipe.loss
     is_ensemble = isinstance(member.model.image, EnsembleHead)
-    is_small = len(batch.image) * len(batch.text) <= TILED_FROM
-    return (
-        loss.kind == "infonce"
-        and not loss.structure
-        and batch.groups is None
-        and is_small
-        and not is_ensemble
-    )
+    return loss.kind == "infonce" and not loss.structure and not loss.matryoshka and not is_ensemble

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apecache.device import kept_generators
+from apecache.device import is_accelerator, kept_generators
 from apecache.errors import DataError, RunError
 from apecache.fingerprint import Json
 from apecache.heads.head import EnsembleHead
-from apecache.losses.objective import TILED_FROM
+from apecache.losses.registry import TILED_FROM
 from apecache.sweeps.population.member_group import MemberGroup
 from apecache.sweeps.population.stacked_heads import MemberGenerators, structure_of
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training
+from apecache.train.fit import HeadFit, StepCount
 from apecache.train.loop import end_epoch, evaluate_untrained, is_done, require_finite, train_epoch
 
 FLOAT_BYTES = 4
@@ -41,7 +41,7 @@ STANDARDIZED_BYTES = 2**29
 
 
 def split_members(
-    members: Sequence[Training],
+    members: Sequence[HeadFit],
     plans: Sequence[StepCount],
     most: int,
     max_bytes: int,
@@ -64,6 +64,9 @@ def split_members(
     for positions in groups.values():
         logit_bytes, bytes_per_member = member_bytes(members[positions[0]])
         n_fitting = (max_bytes - logit_bytes) // bytes_per_member
+        if is_accelerator(members[positions[0]].device):
+            # Accelerators compute the logits of all members at once.
+            n_fitting = max_bytes // (logit_bytes + bytes_per_member)
         # At least one: a member that exceeds the memory trains alone.
         n_members = max(1, min(most, n_fitting))
         slices.extend(_in_slices(positions, n_members))
@@ -75,7 +78,7 @@ def _in_slices(positions: list[int], size: int) -> Iterator[list[int]]:
         yield positions[begin : begin + size]
 
 
-def stack_key(member: Training, plan: StepCount) -> Hashable | None:
+def stack_key(member: HeadFit, plan: StepCount) -> Hashable | None:
     """Return a key that is equal for members that can train together; None for one that cannot."""
     recipe = member.recipe
     structures = (structure_of(member.model.image), structure_of(member.model.text))
@@ -88,16 +91,20 @@ def stack_key(member: Training, plan: StepCount) -> Hashable | None:
         plan,
         recipe.schedule.batch_size,
         recipe.loss.captions,
+        recipe.loss.temperature_parameter,
+        recipe.schedule.epoch,
         mixes,
+        recipe.loss.learnable,
+        recipe.loss.kind,
         member.epoch,
         member.step,
     )
 
 
-def member_bytes(member: Training) -> tuple[int, int]:
+def member_bytes(member: HeadFit) -> tuple[int, int]:
     """Estimate memory: of the logits of a batch, and of everything else of each member.
 
-    One member at a time needs logits, so that they count once for a population.
+    On a CPU one member at a time needs logits, so that they count once for a population.
     """
     weights = sum(parameter.numel() for parameter in member.model.parameters())
     logits, activations = activation_counts(member)
@@ -107,7 +114,7 @@ def member_bytes(member: Training) -> tuple[int, int]:
     return n_logits * FLOAT_BYTES, n_others * FLOAT_BYTES
 
 
-def activation_counts(member: Training) -> tuple[int, int]:
+def activation_counts(member: HeadFit) -> tuple[int, int]:
     """Count the numbers in the logits of a batch, and in the inputs and outputs of all layers."""
     batch = member.recipe.schedule.batch_size
     captions = member.recipe.loss.captions
@@ -126,12 +133,14 @@ class Population:
     """Train members together, at the same step.
 
     On a CPU members take turns, an epoch each, in groups whose activations stay in its caches. On
-    other devices all of them make one group.
+    accelerators all of them make one group, and dropout draws one mask tensor for all members: a
+    member with dropout then ends elsewhere than a fit alone.
 
     Args:
         members: At least two, of one `stack_key`.
         streams: The random states of the members, in the same order.
         plan: The plan of every member.
+        few_launches: See `MemberGroup`; None: on accelerators.
 
     Attributes:
         failures: Why a member is no longer among the `present` ones, by its position.
@@ -139,16 +148,20 @@ class Population:
 
     def __init__(
         self,
-        members: Sequence[Training],
+        members: Sequence[HeadFit],
         streams: MemberGenerators,
         plan: StepCount,
+        few_launches: bool | None = None,
     ) -> None:
         self.members = list(members)
         self.streams = streams
         self.plan = plan
         self.failures: dict[int, str] = {}
+        self.few_launches = few_launches
+        if few_launches is None:
+            self.few_launches = is_accelerator(streams.device)
         positions = list(range(len(members)))
-        size = len(members) if streams.device.type != "cpu" else slab_size(members[0])
+        size = len(members) if self.few_launches else slab_size(members[0])
         self.groups = [
             self._group(group_positions) for group_positions in _in_slices(positions, size)
         ]
@@ -160,6 +173,7 @@ class Population:
             members=[self.members[i] for i in positions],
             streams=self.streams.of(positions),
             plan=self.plan,
+            few_launches=bool(self.few_launches),
         )
 
     @property
@@ -220,20 +234,20 @@ class Population:
         return self._fed[1]
 
 
-def slab_size(member: Training) -> int:
+def slab_size(member: HeadFit) -> int:
     """Return how many such members have activations that stay in a processor's caches."""
     _, n_activations = activation_counts(member)
     return max(1, SLAB_BYTES // (FLOAT_BYTES * n_activations))
 
 
-def _see_alike(members: Sequence[Training]) -> bool:
+def _see_alike(members: Sequence[HeadFit]) -> bool:
     """Return whether all heads standardize features alike, and nothing else looks at them."""
     return not any(_needs_raw_features(member) for member in members) and all(
         _same_statistics(member, members[0]) for member in members
     )
 
 
-def _needs_raw_features(member: Training) -> bool:
+def _needs_raw_features(member: HeadFit) -> bool:
     spec = member.recipe.augmentation
     return bool(
         spec.noise
@@ -243,7 +257,7 @@ def _needs_raw_features(member: Training) -> bool:
     )
 
 
-def _same_statistics(member: Training, other: Training) -> bool:
+def _same_statistics(member: HeadFit, other: HeadFit) -> bool:
     for side in ("image", "text"):
         head = getattr(member.model, side)
         other_head = getattr(other.model, side)
@@ -262,7 +276,7 @@ def _fits(train: FeaturePairs) -> bool:
 
 
 @torch.no_grad()
-def _standardize(train: FeaturePairs, member: Training) -> FeaturePairs:
+def _standardize(train: FeaturePairs, member: HeadFit) -> FeaturePairs:
     image_head = member.model.image
     text_head = member.model.text
     image = train.image.float().sub(image_head.mean).div_(image_head.deviation)
@@ -271,7 +285,7 @@ def _standardize(train: FeaturePairs, member: Training) -> FeaturePairs:
 
 
 def train_together(
-    members: Sequence[Training],
+    members: Sequence[HeadFit],
     streams: MemberGenerators,
     train: FeaturePairs,
     dev: FeaturePairs,
@@ -324,7 +338,7 @@ def train_together(
     return population.failures
 
 
-def _failed(members: Sequence[Training]) -> dict[int, str]:
+def _failed(members: Sequence[HeadFit]) -> dict[int, str]:
     errors = {}
     for i, member in enumerate(members):
         try:
@@ -335,7 +349,7 @@ def _failed(members: Sequence[Training]) -> dict[int, str]:
 
 
 def members_state(
-    members: Sequence[Training],
+    members: Sequence[HeadFit],
     streams: MemberGenerators,
 ) -> tuple[dict[str, Tensor], dict[str, Json]]:
     """Return the tensors and state of all members for one checkpoint.
@@ -355,7 +369,7 @@ def members_state(
 
 
 def restore_members(
-    members: Sequence[Training],
+    members: Sequence[HeadFit],
     streams: MemberGenerators,
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Json],
@@ -379,7 +393,7 @@ def restore_members(
 
 
 def _train_alone(
-    member: Training,
+    member: HeadFit,
     streams: MemberGenerators,
     train: FeaturePairs,
     dev: FeaturePairs,

@@ -82,6 +82,9 @@ def structure_of(head: Head) -> tuple[object, ...] | None:
     for name, module in head.named_modules():
         if not isinstance(module, (*_LAYERS, *_SHELLS)):
             return None
+        # The modules of a registered head do not say how it calls them.
+        if isinstance(module, Head) and module.spec.kind == "custom":
+            return None
         modules.append((name, type(module).__name__))
     parameters = []
     for name, parameter in head.named_parameters():
@@ -124,6 +127,15 @@ class StackedParameter:
         torch.baddbmm(self.gradient, left, right, beta=beta, out=self.gradient)
         self.fresh = False
 
+    def move(self, value: Tensor, gradient: Tensor) -> None:
+        """Move a trained parameter and its gradient to other memory of the same shape."""
+        value.copy_(self.value)
+        self.value = value
+        self.gradient = gradient
+        for i, member in enumerate(self.members):
+            member.data = value[i]
+            member.grad = gradient[i]
+
     def release(self) -> None:
         """Give members memory of their own."""
         for member in self.members:
@@ -149,7 +161,14 @@ class StackedHeads:
     Member i sees features[i].
     """
 
-    def __init__(self, heads: Sequence[Head], streams: MemberGenerators) -> None:
+    def __init__(self, heads: Sequence[Head], streams: MemberGenerators | None) -> None:
+        """Stack heads of one structure.
+
+        Args:
+            heads: The heads of the members.
+            streams: The random states of the members, which draw their masks; None: one draw of
+                torch's own generator is the masks of all members.
+        """
         self.joined: list[StackedParameter] = []
         self._head = _head(heads, streams, self.joined)
 
@@ -174,7 +193,7 @@ class StackedHeads:
 
 def _head(
     heads: Sequence[Any],
-    streams: MemberGenerators,
+    streams: MemberGenerators | None,
     joined: list[StackedParameter],
 ) -> "_Pooled | _Ensemble":
     if not isinstance(heads[0], EnsembleHead):
@@ -189,7 +208,7 @@ class _Pooled:
     def __init__(
         self,
         heads: Sequence[Any],
-        streams: MemberGenerators,
+        streams: MemberGenerators | None,
         joined: list[StackedParameter],
     ) -> None:
         self.mean = torch.stack([head.mean for head in heads]).unsqueeze(1)
@@ -247,7 +266,7 @@ class _Ensemble:
 
 def _layer(
     modules: Sequence[Any],
-    streams: MemberGenerators,
+    streams: MemberGenerators | None,
     joined: list[StackedParameter],
 ) -> _Layer:
     """Stack the same module of every member; its parameters are added to `joined`."""
@@ -478,24 +497,37 @@ class _Gelu:
 
 
 class _Dropout:
-    """Draw each member's mask from its own numbers, as `nn.Dropout` draws it."""
+    """Draw each member's mask from its own numbers, as `nn.Dropout` draws it.
 
-    def __init__(self, modules: Sequence[Any], streams: MemberGenerators) -> None:
+    Without generators of the members one draw gives the masks of all.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[Any],
+        streams: MemberGenerators | None,
+    ) -> None:
         self.rates = [module.p for module in modules]
         self.streams = streams
+        self.kept_shares = torch.tensor([1 - rate for rate in self.rates]).view(-1, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if not any(self.rates):
             return x
-        ones = x.new_ones(x.shape[1:])
-        self.masks = torch.stack([self._mask(i, ones) for i in range(len(self.rates))])
+        if self.streams is None:
+            self.kept_shares = self.kept_shares.to(x.device)
+            self.masks = torch.empty_like(x).bernoulli_(self.kept_shares).div_(self.kept_shares)
+        else:
+            ones = x.new_ones(x.shape[1:])
+            masks = [self._mask(self.streams, i, ones) for i in range(len(self.rates))]
+            self.masks = torch.stack(masks)
         return x * self.masks
 
     def backward(self, gradient: Tensor, by_input: bool) -> Tensor:
         return gradient * self.masks if by_input and any(self.rates) else gradient
 
-    def _mask(self, member: int, ones: Tensor) -> Tensor:
+    def _mask(self, streams: MemberGenerators, member: int, ones: Tensor) -> Tensor:
         if not self.rates[member]:
             return ones
-        with self.streams.use(member):
+        with streams.use(member):
             return torch.nn.functional.dropout(ones, self.rates[member])

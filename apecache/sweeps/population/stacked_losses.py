@@ -10,6 +10,23 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
+def batched_info_nce(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Gradients]:
+    """Do what `stacked_info_nce` does with the logits of all models at once, in few launches."""
+    n_rows = image.shape[1]
+    logits = torch.bmm(image * scale.view(-1, 1, 1), text.mT)
+    by_rows = torch.log_softmax(logits, dim=2)
+    by_columns = torch.log_softmax(logits, dim=1)
+    diagonals = by_rows.diagonal(dim1=1, dim2=2) + by_columns.diagonal(dim1=1, dim2=2)
+    losses = diagonals.sum(1).div_(-2 * n_rows)
+    softmaxes = by_rows.exp_().add_(by_columns.exp_())
+    factor = (scale / (2 * n_rows)).view(-1, 1, 1)
+    # beta=-2 takes the 2 of the diagonal off without a change of the softmaxes.
+    by_image = torch.baddbmm(text, softmaxes, text, beta=-2).mul_(factor)
+    by_text = torch.baddbmm(image, softmaxes.mT, image, beta=-2).mul_(factor)
+    return losses, (by_image, by_text, (by_image * image).sum((1, 2)))
+
+
+@torch.no_grad()
 def stacked_info_nce(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Gradients]:
     """Compute `info_nce` of each model and its gradients.
 
@@ -22,7 +39,7 @@ def stacked_info_nce(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor
         scale: The factor of the cosines, float [k].
 
     Returns:
-        Losses, float [k], and their gradients by image, text and scale.
+        Losses, float [k], and their gradients by image, text and the logarithm of the scale.
     """
     by_images = torch.empty_like(image)
     by_texts = torch.empty_like(text)
@@ -43,8 +60,7 @@ def stacked_info_nce(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor
         # beta=-2 takes the 2 of the diagonal off without a change of the softmaxes.
         torch.addmm(model_text, softmaxes, model_text, beta=-2, out=by_image).mul_(factor)
         torch.addmm(model_image, softmaxes.T, model_image, beta=-2, out=by_text).mul_(factor)
-        product = torch.dot(by_image.flatten(), model_image.flatten())
-        by_scales[i] = product / scale[i]
+        by_scales[i] = torch.dot(by_image.flatten(), model_image.flatten())
     return losses, (by_images, by_texts, by_scales)
 
 

@@ -18,7 +18,14 @@ from apecache.store.equal import equal_images
 from apecache.store.reader import FeatureStore
 from apecache.store.table import PairTable
 from apecache.train.augment import mixed_groups
-from apecache.train.batches import Batch, FeaturePairs, SplitSpec, batches, choose_splits
+from apecache.train.batches import (
+    Batch,
+    FeaturePairs,
+    SplitSpec,
+    batches,
+    choose_splits,
+    n_items,
+)
 from apecache.train.lint.findings import Finding
 from apecache.train.lint.model_checks import PROBE_IMAGES, lint_model
 from apecache.train.model import AlignmentModel
@@ -110,7 +117,8 @@ def n_negatives(recipe: Recipe, n_images: int, train: FeaturePairs | None = None
     """
     if recipe.schedule.epochs == 0 and recipe.schedule.steps == 0:
         return 0
-    n_candidates = min(recipe.schedule.batch_size, n_images)
+    n_candidates = n_images if train is None else n_items(train, recipe.schedule.epoch)
+    n_candidates = min(recipe.schedule.batch_size, n_candidates)
     if recipe.augmentation.mixup:
         n_candidates //= 2
     max_negatives = n_candidates - 1
@@ -123,6 +131,7 @@ def n_negatives(recipe: Recipe, n_images: int, train: FeaturePairs | None = None
             batch_size=recipe.schedule.batch_size,
             generator=generator,
             captions=recipe.loss.captions,
+            epoch=recipe.schedule.epoch,
         )
     ).groups
     if groups is None:
@@ -161,6 +170,8 @@ def lint_recipe(
         train: Training pairs, if known.
     """
     schedule = recipe.schedule
+    if train is not None:
+        n_images = n_items(train, schedule.epoch)
     size = schedule.batch_size if n_images is None else min(schedule.batch_size, n_images)
     negatives = n_negatives(recipe, size, train)
     nominal = size * schedule.accumulate
@@ -206,8 +217,8 @@ def lint_splits(
     train, dev = choose_splits(pairs, spec, equal_images(arrays[0]))
     if (pairs.splits[dev] == report_split).any():
         text = (
-            f"the dev split is {report_split!r}, which is to be reported: what is chosen on it is "
-            "no measure of it"
+            f"the dev split is {report_split!r}, which is reported too: figures of a split on "
+            "which an epoch was chosen are too high"
         )
         yield Finding(
             check="selection",
@@ -352,8 +363,8 @@ def lint_positives(train: FeaturePairs, recipe: Recipe) -> Iterator[Finding]:
     count = _rows_of_equal_features(train)
     if count:
         text = (
-            f"{count} training images have the features of another one, and their captions are "
-            "negatives of it"
+            f"{count} training images have the features of another one, and the captions of "
+            "one are negatives of the other"
         )
         yield Finding(
             check="captions",
@@ -370,6 +381,7 @@ def lint_groups_of_captions(train: FeaturePairs, recipe: Recipe) -> Iterator[Fin
             batch_size=PROBE_IMAGES,
             generator=torch.Generator().manual_seed(0),
             captions=recipe.loss.captions,
+            epoch=recipe.schedule.epoch,
         )
     )
     if wrong_negatives(batch):

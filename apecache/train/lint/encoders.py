@@ -14,13 +14,13 @@ from apecache.runs.encoders import DESCRIPTION, WEIGHTS, read_description, read_
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec
-from apecache.train.encoder_fit import EncoderFit
 from apecache.train.encoder_setup import PreparedFit, require_sensible, set_up
 from apecache.train.lint.checks import lint_encoder_data, lint_named, lint_recipe
 from apecache.train.lint.findings import Finding
 from apecache.train.lint.model_checks import lint_encoder_model
 from apecache.train.live import OpenImage
 from apecache.train.ranks import ALONE
+from apecache.train.tower_fit import EncoderFit
 
 
 def lint_encoder_plan(
@@ -79,6 +79,7 @@ def lint_encoder_run(
     if data != store.digest:
         raise MismatchError(
             f"{run} was trained on other pairs than those of {store.path}; give its own store"
+            f"{store.hint(data)}"
         )
     setup = set_up(
         store,

@@ -1,23 +1,26 @@
 """Check a fit of heads by `apecache.train.lint.checks`: one to come, or a finished run."""
 
 import copy
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from apecache.errors import MismatchError, RunError
 from apecache.evaluate.embeddings import find_features
-from apecache.losses.objective import build_temperature
+from apecache.losses.registry import build_temperature
 from apecache.recipes.recipe import Recipe, parse_recipe
 from apecache.runs.heads import TrainedHeads, load_heads
+from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
-from apecache.train.fit import Training
+from apecache.train.fit import HeadFit
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.initial import initial_model
 from apecache.train.lint.checks import lint_fit, lint_named, lint_recipe
 from apecache.train.lint.findings import Finding
 from apecache.train.model import AlignmentModel
+from apecache.train.pooling import cached_array, require_pooling
 
 
 def lint_plan(
@@ -38,8 +41,8 @@ def lint_plan(
     if store is None:
         return list(lint_recipe(recipe))
     spec = spec or FitSpec()
-    image = store.array("image", spec.image_features)
-    text = store.array("text", spec.text_features)
+    image = cached_array(store, recipe=recipe, side="image", name=spec.image_features)
+    text = cached_array(store, recipe=recipe, side="text", name=spec.text_features)
     train, dev = load_splits(
         store,
         image=image,
@@ -49,7 +52,7 @@ def lint_plan(
         recipe=recipe,
     )
     model, _ = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
-    optimizer = Training(model, recipe, spec.seed).optimizer
+    optimizer = HeadFit(model, recipe, spec.seed).optimizer
     return lint_fit(
         store,
         arrays=(image, text),
@@ -93,6 +96,7 @@ def lint_run(
     if heads.training["data"] != store.digest:
         raise MismatchError(
             f"{run} was trained on other pairs than those of {store.path}; give its own store"
+            f"{store.hint(heads.training['data'])}"
         )
     image = find_features(heads.image, store, "image")
     text = find_features(heads.text, store, "text")
@@ -105,16 +109,28 @@ def lint_run(
         recipe=recipe,
     )
     model = _model(heads, recipe)
-    return lint_fit(
-        store,
-        arrays=(image, text),
-        recipe=recipe,
-        splits=splits,
-        report_split=report_split,
-        train=train,
-        model=model,
-        optimizer=Training(model, recipe, 0).optimizer,
-    )
+    return [
+        *_lint_pooling((image, text), recipe),
+        *lint_fit(
+            store,
+            arrays=(image, text),
+            recipe=recipe,
+            splits=splits,
+            report_split=report_split,
+            train=train,
+            model=model,
+            optimizer=HeadFit(model, recipe, 0).optimizer,
+        ),
+    ]
+
+
+def _lint_pooling(arrays: Sequence[FeatureArray], recipe: Recipe) -> Iterator[Finding]:
+    """Check that a run read features of the pooling that its recipe asks for."""
+    for array in arrays:
+        try:
+            require_pooling(array, recipe)
+        except MismatchError as error:
+            yield Finding(check="pooling", level="error", message=str(error))
 
 
 def _model(heads: TrainedHeads, recipe: Recipe) -> AlignmentModel:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from apecache.heads.pooled import GatedUnit
 from apecache.recipes.recipe import Recipe
 from apecache.train.batches import Batch, FeaturePairs, batches
-from apecache.train.fit import Fit, Trainable, Training, seeded
+from apecache.train.fit import Fit, HeadFit, Trainable, seeded
 from apecache.train.lint.findings import Finding
 from apecache.train.model import AlignmentModel
 
@@ -33,7 +33,7 @@ def lint_model(
     """Check that everything that should learn can."""
     yield from lint_groups(model, optimizer, recipe)
     # A copy: the probe takes steps.
-    probe = Training(copy.deepcopy(model), recipe, 0)
+    probe = HeadFit(copy.deepcopy(model), recipe, 0)
     tested = [name for name, _ in model.named_parameters()]
     silent, shut = _probe(probe, train=train, n_images=PROBE_IMAGES, tested=tested)
     yield from _found_by_probe(silent, shut)
@@ -49,7 +49,7 @@ def lint_groups(
     if optimizer:
         for group in optimizer.param_groups:
             held.update(id(parameter) for parameter in group["params"])
-    if recipe.loss.learnable and id(model.temperature.log_scale) not in held:
+    if recipe.loss.learnable and id(model.temperature.parameter) not in held:
         text = "the temperature is learnable, but in no group of the optimizer"
         yield Finding(
             check="temperature",

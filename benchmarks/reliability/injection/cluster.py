@@ -23,7 +23,7 @@ from typing import Any
 
 from apecache.cluster.pool import RaySpec, open_pool
 from apecache.cluster.task_state import ShardReport, ShardRequest, Task, TaskState, fill
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.layout import commit_name
 from apecache.store.writer import ArrayWriter
 from benchmarks.reliability.injection.kill import check

@@ -16,6 +16,7 @@ import numpy as np
 from apecache.errors import MismatchError, StoreError
 from apecache.fingerprint import content_hash
 from apecache.store.reader import FeatureStore
+from apecache.store.table import COLUMN_OF_FIELD, PairTable
 from benchmarks.reliability.injection.tower import MODALITIES, NAME, tree
 
 UNREAD = frozenset(
@@ -36,12 +37,17 @@ def things(store: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Everything that a store serves, each opened anew. Arrays are named, as a user who knows the
     store names them."""
     yield "source", lambda: FeatureStore.open(store).source
-    yield "pairs", lambda: vars(FeatureStore.open(store).pairs)
+    yield "pairs", lambda: all_columns(FeatureStore.open(store).pairs)
     for m in MODALITIES:
         yield f"{m} features", lambda m=m: FeatureStore.open(store).array(m, NAME).load(threads=1)
         yield f"{m} status", lambda m=m: FeatureStore.open(store).array(m, NAME).load_ok()
         yield f"{m} quarantined", lambda m=m: FeatureStore.open(store).array(m, NAME).quarantined()
         yield f"{m} record", lambda m=m: FeatureStore.open(store).array(m, NAME).record.to_json()
+
+
+def all_columns(pairs: PairTable) -> dict[str, Any]:
+    """Read every column of a table."""
+    return {name: getattr(pairs, name) for name in COLUMN_OF_FIELD}
 
 
 def serve(store: Path, without: Collection[str] = ()) -> Served:

@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 
 from apecache.errors import StoreError
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from apecache.store.array import FeatureArray
-from apecache.store.writer import ArrayWriter
+from apecache.store.reader import FeatureStore
+from apecache.store.views import open_view, view_ids, view_number
 from benchmarks.reliability.injection.tower import (
     MODALITIES,
+    N_KEPT,
     NAME,
     Towers,
     TowerSpec,
-    array_record,
+    edited_values,
     expected,
     run,
+    targets,
     tree_digest,
 )
 
@@ -84,6 +87,28 @@ POINTS: dict[str, dict[str, Any]] = {
     "before the seal": {"op": "link", "pattern": f"image/{NAME}/seal.json"},
     "after the last seal": {"op": "link", "pattern": f"text/{NAME}/seal.json", "when": "after"},
 }
+EDIT_POINTS: dict[str, dict[str, Any]] = {
+    "before the block is claimed": {"op": "link", "pattern": "0001/records/source.json"},
+    "before the block's table is put": {"op": "link", "pattern": "0001/records/pairs.json"},
+    "before the block is recorded": {"op": "link", "pattern": "records/segments/0001.json"},
+    "after the block is recorded": {
+        "op": "link",
+        "pattern": "records/segments/0001.json",
+        "when": "after",
+    },
+    "halfway through the block": {"op": "replace", "pattern": r"0001/.*/features/c\.0\.0"},
+    "before the block's seal": {"op": "link", "pattern": f"0001/.*text/{NAME}/seal.json"},
+    "halfway through a view": {"op": "link", "pattern": "views/0001-.*/image_key/zarr.json"},
+    "before a view is committed": {"op": "link", "pattern": "records/views/0001-"},
+    "after a view is committed": {
+        "op": "link",
+        "pattern": "records/views/0001-",
+        "when": "after",
+    },
+    "before the copy of its record": {"op": "link", "pattern": "views/0001-.*/view.json"},
+    "before the last view": {"op": "link", "pattern": "records/views/0002-"},
+    "after the last view": {"op": "link", "pattern": "records/views/0002-", "when": "after"},
+}
 
 
 @dataclass(kw_only=True)
@@ -106,7 +131,8 @@ def named_kills(towers: Towers, folder: Path, spec: TowerSpec) -> KillResult:
     """Every named point: one kill, one resume."""
     result = KillResult()
     wanted = reference(folder / "reference", spec)
-    for number, (point, kill) in enumerate(POINTS.items()):
+    points = {**POINTS, **EDIT_POINTS} if spec.edited else POINTS
+    for number, (point, kill) in enumerate(points.items()):
         store = folder / f"named-{number}"
         if not kill_once(
             towers,
@@ -199,9 +225,9 @@ def finish(
     result.redone += len(answer["done"])
     missing = [
         shard
-        for m in MODALITIES
-        for i in range(spec.layout(m).n_shards)
-        if (shard := f"{m}/{i}") not in before
+        for name, writer, _ in targets(store, spec)
+        for i in range(writer.layout.n_shards)
+        if (shard := f"{name}/{i}") not in before
     ]
     if answer["error"] or answer["done"] != missing:
         result.wrong.append(f"{where}: resumed with {answer}, missing was {missing}")
@@ -217,12 +243,12 @@ State = dict[str, list[tuple[str, int, int]]]
 
 def committed(store: Path, spec: TowerSpec) -> State:
     found: State = {}
-    for modality in MODALITIES:
-        writer = ArrayWriter(LocalFiles(store), array_record(spec, modality))
+    for array, writer, _ in targets(store, spec):
+        modality = writer.record.modality
         for shard, record in writer.committed().items():
             names = [*record.objects, f"records/{modality}/{NAME}/commits/{shard:08d}.json"]
-            stats = [(name, (store / name).stat()) for name in names]
-            found[f"{modality}/{shard}"] = [
+            stats = [(name, Path(writer.files.where(name)).stat()) for name in names]
+            found[f"{array}/{shard}"] = [
                 (name, stat.st_ino, stat.st_mtime_ns) for name, stat in stats
             ]
     return found
@@ -238,21 +264,45 @@ def check(store: Path, spec: TowerSpec, before: State, begun: int) -> list[str]:
     wrong = [
         f"{shard} was written again, or lost" for shard in before if now.get(shard) != before[shard]
     ]
-    for modality in MODALITIES:
-        array = FeatureArray(files=LocalFiles(store), record=array_record(spec, modality))
-        values = expected(spec, modality)
-        shards = [int(shard.split("/")[1]) for shard in now if shard.startswith(modality)]
+    for name, writer, block in targets(store, spec):
+        modality = writer.record.modality
+        array = FeatureArray(files=writer.files, record=writer.record)
+        values = expected(block, modality)
+        shards = [int(shard.rpartition("/")[2]) for shard in now if _array_of(shard) == name]
         for shard in shards:
-            rows = spec.layout(modality).shard(shard)
+            rows = writer.layout.shard(shard)
             if not np.array_equal(array.load_shard(shard), values[rows], equal_nan=True):
-                wrong.append(f"{modality}/{shard} holds other rows")
+                wrong.append(f"{name}/{shard} holds other rows")
             if array.rows_ok(shard) != [row for row in rows if not np.isnan(values[row]).any()]:
-                wrong.append(f"{modality}/{shard} has another status")
-        chunks = store / "features.zarr" / modality / NAME / "features"
+                wrong.append(f"{name}/{shard} has another status")
+        chunks = Path(writer.files.where(f"features.zarr/{modality}/{NAME}/features"))
         files = os.listdir(chunks) if chunks.is_dir() else []
         started = {name.split(".")[1] for name in files if name.startswith("c.")} - {
             str(shard) for shard in shards
         }
         if len(started) > begun:
-            wrong.append(f"{modality}: {len(started)} shards begun and not committed")
+            wrong.append(f"{name}: {len(started)} shards begun and not committed")
+    return wrong + (_check_views(store, spec) if spec.edited else [])
+
+
+def _array_of(shard: str) -> str:
+    return shard.rpartition("/")[0]
+
+
+def _check_views(store: Path, spec: TowerSpec) -> list[str]:
+    """Every committed view gives its rows; a reader sees the first table until there is one."""
+    wrong = []
+    files = LocalFiles(store)
+    for view_id in view_ids(files):
+        opened = FeatureStore.seen(files, open_view(files, view_id))
+        n_kept = spec.images - 1 if view_number(view_id) == 1 else N_KEPT
+        for modality in MODALITIES:
+            loaded = opened.array(modality).load(threads=1)
+            if not np.array_equal(loaded, edited_values(spec, modality, n_kept), equal_nan=True):
+                wrong.append(f"view {view_id} gives other rows of {modality}")
+    if not view_ids(files) and (store / f"records/text/{NAME}/seal.json").is_file():
+        for modality in MODALITIES:
+            loaded = FeatureStore.at(files).array(modality).load(threads=1)
+            if not np.array_equal(loaded, expected(spec, modality), equal_nan=True):
+                wrong.append(f"without a view, {modality} has other rows")
     return wrong

@@ -28,9 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apecache.storage import local as local_module
+from apecache.storage import local_files as local_module
 from apecache.storage.files import TEMPORARY
-from apecache.storage.local import LocalFiles
+from apecache.storage.local_files import LocalFiles
 from benchmarks.reliability.injection.kill import check
 from benchmarks.reliability.injection.syscalls import (
     Call,
@@ -40,6 +40,7 @@ from benchmarks.reliability.injection.syscalls import (
     unsynced,
 )
 from benchmarks.reliability.injection.tower import (
+    BLOCK,
     MODALITIES,
     NAME,
     TowerSpec,
@@ -248,6 +249,37 @@ class Expectations:
                     [*json.loads(final[record])["objects"], *self.objects[m]],
                 )
             self._add(f"{m}/seal", f"{folder}/seal.json", records)
+        if spec.edited:
+            self._add_edit(spec)
+
+    def _add_edit(self, spec: TowerSpec) -> None:
+        """Add what must hold of the block and of the views that an edit adds."""
+        final = self.final
+        segment = "records/segments/0001.json"
+        table = json.loads(final[f"{BLOCK}/records/pairs.json"])["objects"]
+        names = ["records/pairs.json", "records/source.json", "README.md", *table]
+        self._add("block", segment, [f"{BLOCK}/{name}" for name in names])
+        for m in MODALITIES:
+            folder = f"{BLOCK}/records/{m}/{NAME}"
+            metadata = array_record(spec, m, of_block=True).metadata
+            zarr = [f"{BLOCK}/features.zarr/{m}/{NAME}/{path}" for path in metadata]
+            self.objects[f"block/{m}"] = [f"{folder}/fingerprint.json", *zarr]
+            records = []
+            for shard in range(spec.block.layout(m).n_shards):
+                records.append(f"{folder}/commits/{shard:08d}.json")
+                objects = [f"{BLOCK}/{name}" for name in json.loads(final[records[-1]])["objects"]]
+                self._add(
+                    f"block/{m}/{shard}", records[-1], [*objects, *self.objects[f"block/{m}"]]
+                )
+            self._add(f"block/{m}/seal", f"{folder}/seal.json", records)
+        seals = [f"{BLOCK}/records/{m}/{NAME}/seal.json" for m in MODALITIES]
+        for record in (name for name in final if name.startswith("records/views/")):
+            view = record.removeprefix("records/views/").removesuffix(".json")
+            objects = list(json.loads(final[record])["objects"])
+            # The copy of the record comes after it, but before the promise.
+            self._add(f"recorded {view}", record, [*objects, segment, *seals])
+            number = int(view.partition("-")[0])
+            self.objects[f"view/{number}"] = [record, *objects, f"views/{view}/view.json"]
 
     def _add(self, name: str, record: str, objects: list[str]) -> None:
         self.objects[name] = [record, *objects]
@@ -457,7 +489,7 @@ def _count(folder: Path, spec: TowerSpec) -> int:
 
 
 def sync_calls() -> list[str]:
-    """Every call in apecache/storage/local.py that makes something durable, as `function, line`."""
+    """Every call in apecache/storage/local_files.py that makes something durable, as `function, line`."""
     return [
         f"{function} in line {call.lineno}" for function, call in _sync_calls(ast.parse(_source()))
     ]
@@ -476,7 +508,7 @@ def without_sync(number: int) -> type[LocalFiles]:
                     name,
                     [ast.copy_location(ast.Pass(), x) if x is removed else x for x in lines],
                 )
-    names: dict[str, Any] = {"__name__": "apecache.storage.local"}
+    names: dict[str, Any] = {"__name__": "apecache.storage.local_files"}
     exec(compile(module, local_module.__file__, "exec"), names)
     changed: type[LocalFiles] = names["LocalFiles"]
     return changed

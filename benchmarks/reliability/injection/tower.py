@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,24 @@ from apecache.encoders.spec import EncoderSpec, Modality
 from apecache.fingerprint import Fingerprint, content_hash, digest_strings
 from apecache.storage.files import Files
 from apecache.storage.open import open_files
-from apecache.store.layout import ArrayLayout, ArrayRecord, with_metadata
+from apecache.store.layout import SEGMENTS, ArrayLayout, ArrayRecord, with_metadata
 from apecache.store.reader import FeatureStore
+from apecache.store.table import PairTable
+from apecache.store.views import (
+    BlockReference,
+    View,
+    ViewRecord,
+    commit_view,
+    draft_view,
+    settle_view,
+    view_ids,
+    view_number,
+)
 from apecache.store.writer import (
     ArrayWriter,
     PairColumns,
     QuarantinedRow,
+    add_segment,
     create_array,
     create_store,
 )
@@ -41,6 +53,9 @@ from benchmarks.reliability.injection.program import program_command, program_en
 
 NAME = "tower"
 MODALITIES: tuple[Modality, ...] = ("image", "text")
+BLOCK = f"{SEGMENTS}/0001"
+N_KEPT = 4
+"""Images of the first block that the last view has."""
 SALT = {"image": 3, "text": 11}
 
 
@@ -55,6 +70,8 @@ class TowerSpec:
     text_shard: int = 6
     encoder: str = "a"
     dtype: str = "float16"
+    edited: bool = False
+    """Whether the table is edited then: a block of three images and five captions, and views."""
 
     def rows(self, modality: Modality) -> int:
         return self.images if modality == "image" else 2 * self.images
@@ -74,9 +91,16 @@ class TowerSpec:
     def n_shards(self) -> int:
         return sum(self.layout(modality).n_shards for modality in MODALITIES)
 
+    @property
+    def block(self) -> "TowerSpec":
+        """Return the spec of the block that an edit adds."""
+        return replace(self, images=3, encoder=f"{self.encoder}-edited", edited=False)
+
 
 SMALL = TowerSpec(images=10)
 """3 + 4 shards: for what is tried at every single system call."""
+EDITED = replace(SMALL, edited=True)
+"""The same, whose table is edited then: 1 + 1 shards more, and two views."""
 
 
 def columns(spec: TowerSpec) -> PairColumns:
@@ -96,6 +120,83 @@ def columns(spec: TowerSpec) -> PairColumns:
         digest=digest_strings([*keys, *captions]),
         origin="t.tsv",
     )
+
+
+def block_columns(spec: TowerSpec) -> PairColumns:
+    """Return the table of the block that an edit adds; no caption of it has its image there."""
+    block = spec.block
+    plain = columns(block)
+    contents = [content_hash(f"image-{row}") for row in range(block.images)]
+    return replace(
+        plain,
+        keys=[f"new/{key}" for key in plain.keys],
+        captions=[f"new {caption}" for caption in plain.captions],
+        image_rows=[-1] * len(plain.captions),
+        digest=digest_strings(["block", plain.digest]),
+        contents=contents,
+    )
+
+
+def edited_view(spec: TowerSpec, n_kept: int) -> View:
+    """Return a view of the last `n_kept` rows of the first block and of all rows of the new one."""
+    first = columns(spec)
+    added = block_columns(spec)
+    images = np.array([*range(spec.images - n_kept, spec.images)], np.int64)
+    texts = np.array([*range(2 * (spec.images - n_kept), 2 * spec.images)], np.int64)
+    new_images = np.arange(spec.images, spec.images + len(added.keys))
+    new_texts = np.arange(2 * spec.images, 2 * spec.images + len(added.captions))
+    keys = [*(first.keys[row] for row in images), *added.keys]
+    captions = [*(first.captions[row] for row in texts), *added.captions]
+    digest = digest_strings([*keys, *captions])
+    table = PairTable(
+        keys=np.array(keys, object),
+        splits=np.array(["train"] * len(keys), object),
+        labels=np.array([""] * len(keys), object),
+        captions=np.array(captions, object),
+        languages=np.array(["en"] * len(captions), object),
+        image_rows=np.repeat(np.arange(len(keys)), 2),
+        digest=digest,
+    )
+    blocks = (
+        BlockReference(
+            folder="",
+            digest=first.digest,
+            n_images=len(first.keys),
+            n_texts=len(first.captions),
+        ),
+        BlockReference(
+            folder=BLOCK,
+            digest=added.digest,
+            n_images=len(added.keys),
+            n_texts=len(added.captions),
+        ),
+    )
+    record = ViewRecord(
+        view="",
+        name="edited",
+        parent="",
+        digest=digest,
+        table=digest,
+        n_images=len(keys),
+        n_texts=len(captions),
+        origin="t.tsv",
+        root="/data",
+        blocks=blocks,
+        objects={},
+    )
+    rows: dict[Modality, NDArray[np.int64]] = {
+        "image": np.concatenate([images, new_images]),
+        "text": np.concatenate([texts, new_texts]),
+    }
+    return draft_view(table, rows, [""] * len(keys), record)
+
+
+def edited_values(spec: TowerSpec, modality: Modality, n_kept: int) -> NDArray[Any]:
+    """Return what the newest view of an edited store must give."""
+    index = edited_view(spec, n_kept).content_rows(modality)
+    stored = [expected(spec, modality), expected(spec.block, modality)]
+    values: NDArray[Any] = np.concatenate(stored)[index]
+    return values
 
 
 def features(spec: TowerSpec, modality: Modality, rows: Sequence[int]) -> NDArray[Any]:
@@ -120,7 +221,8 @@ def bad_rows(modality: Modality, rows: Sequence[int]) -> list[QuarantinedRow]:
 
 
 @cache
-def array_record(spec: TowerSpec, modality: Modality) -> ArrayRecord:
+def array_record(spec: TowerSpec, modality: Modality, of_block: bool = False) -> ArrayRecord:
+    """Return the record of an array; `of_block` is that of the block that an edit adds."""
     fields = {
         "library": "tower",
         "weights": content_hash(spec.encoder),
@@ -130,9 +232,9 @@ def array_record(spec: TowerSpec, modality: Modality) -> ArrayRecord:
     fingerprint = Fingerprint(
         fields={"encoder": fields, "storage": {"dtype": spec.dtype, "batch_size": 2}}
     )
-    layout = spec.layout(modality)
+    layout = (spec.block if of_block else spec).layout(modality)
     encoder = EncoderSpec("hf", NAME, modality)
-    table = columns(spec).digest
+    table = (block_columns if of_block else columns)(spec).digest
     return with_metadata(
         ArrayRecord(
             modality=modality,
@@ -173,25 +275,67 @@ def run(
     files = files or open_files(store)
     create_store(files, pairs=columns(spec), root="/data", version="0")
     acknowledge("store")
-    opened = FeatureStore(files)
+    done = _fill(files, spec, acknowledge, shards)
+    if spec.edited and not shards:
+        done += _edit(files, spec, acknowledge)
+    return done
+
+
+def _edit(files: Files, spec: TowerSpec, acknowledge: Callable[[str], None]) -> list[str]:
+    """Add a block, fill it, and commit two views, as an extraction of an edited table does."""
+    name = BLOCK.removeprefix(f"{SEGMENTS}/")
+    add_segment(files, name, pairs=block_columns(spec), root="/data", version="0")
+    acknowledge("block")
+    done = _fill(files.child(BLOCK), spec, acknowledge, None, of_block=True)
+    for number, n_kept in ((1, spec.images - 1), (2, N_KEPT)):
+        ids = view_ids(files)
+        if number not in map(view_number, ids):
+            commit_view(files, edited_view(spec, n_kept), number)
+        else:
+            settle_view(files, ids[number - 1])
+        acknowledge(f"view/{number}")
+    return done
+
+
+def _fill(
+    files: Files,
+    spec: TowerSpec,
+    acknowledge: Callable[[str], None],
+    shards: dict[str, list[int]] | None,
+    of_block: bool = False,
+) -> list[str]:
+    """Fill both arrays of a block, and seal them."""
+    opened = FeatureStore.block(files)
     done = []
+    prefix = "block/" if of_block else ""
     for modality in MODALITIES:
         existing = next(
             (array.record for array in opened.arrays(modality) if array.name == NAME),
             None,
         )
-        record = existing or array_record(spec, modality)
+        record = existing or array_record(spec, modality, of_block)
         create_array(files, record)
-        acknowledge(modality)
+        acknowledge(f"{prefix}{modality}")
         writer = ArrayWriter(files, record)
         for shard in shards[modality] if shards else writer.pending():
-            commit_shard(writer, spec, shard)
-            done.append(f"{modality}/{shard}")
+            commit_shard(writer, spec.block if of_block else spec, shard)
+            done.append(f"{prefix}{modality}/{shard}")
             acknowledge(done[-1])
         if not shards:
             writer.seal()
-            acknowledge(f"{modality}/seal")
+            acknowledge(f"{prefix}{modality}/seal")
     return done
+
+
+def targets(store: Path, spec: TowerSpec) -> Iterator[tuple[str, ArrayWriter, TowerSpec]]:
+    """Yield the name of each array, its writer, and the spec of its rows."""
+    files = open_files(store)
+    for modality in MODALITIES:
+        yield modality, ArrayWriter(files, array_record(spec, modality)), spec
+    if spec.edited:
+        for modality in MODALITIES:
+            record = array_record(spec, modality, of_block=True)
+            yield f"block/{modality}", ArrayWriter(files.child(BLOCK), record), spec.block
 
 
 def commit_shard(writer: ArrayWriter, spec: TowerSpec, shard: int) -> None:

@@ -68,6 +68,38 @@ def crowded_rounds(
     return result
 
 
+def edited_rounds(
+    towers: Towers,
+    folder: Path,
+    spec: TowerSpec,
+    rounds: int,
+    seed: int,
+) -> WritersResult:
+    """Rounds in which all writers make the same store and edit its table, and one may be killed."""
+    chance = random.Random(seed)
+    result = WritersResult()
+    run(folder / "reference", spec)
+    wanted = tree(folder / "reference")
+    for number in range(rounds):
+        store = folder / f"edited-{number}"
+        runs: list[dict[str, Any]] = [{"store": store, "spec": spec} for _ in range(WRITERS)]
+        if number % 2:
+            nth = chance.randrange(1, 600)
+            runs[0]["kill"] = {"nth": nth, "when": chance.choice(["before", "halfway", "after"])}
+        answers = towers.start(*runs)
+        result.rounds += 1
+        result.commits += sum(len(answer["done"]) for answer in answers)
+        result.killed += sum(answer["killed"] for answer in answers)
+        wrong = [answer["error"] for answer in answers if answer["error"]]
+        wrong += check(store, spec, {}, begun=1)
+        again = run(store, spec)
+        wrong += [f"left undone: {again}"] if again else []
+        wrong += ["the store differs from that of one writer"] if tree(store) != wanted else []
+        result.wrong += [f"round {number}: {what}" for what in wrong]
+        shutil.rmtree(store)
+    return result
+
+
 def _shares(spec: TowerSpec, kind: str, writer: int, chance: random.Random) -> dict[str, list[int]]:
     """Every shard falls to somebody who is not killed."""
     shares = {}

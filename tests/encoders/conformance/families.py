@@ -185,6 +185,16 @@ def clip_text_reference(model_class: Any) -> Reference:
     return reference
 
 
+def end_of_text_reference(folder: Path, texts: Sequence[str]) -> Tensor:
+    """As on the card of Stable Diffusion's text encoder, but pooled."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+    model = hf.CLIPTextModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        pooled: Tensor = model(**inputs).pooler_output
+    return pooled
+
+
 def siglip_text_reference(model_class: Any) -> Reference:
     """As on the cards: padded to the length of training, and without a mask."""
 
@@ -264,6 +274,23 @@ def modernbert() -> Any:
     return hf.ModernBertModel(config)
 
 
+def deberta() -> Any:
+    config = hf.DebertaV2Config(
+        **SIZES,
+        vocab_size=N_TOKENS,
+        max_position_embeddings=128,
+        relative_attention=True,
+        position_buckets=16,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        type_vocab_size=0,
+        pad_token_id=0,
+    )
+    return hf.DebertaV2Model(config)
+
+
 def t5() -> Any:
     sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     return hf.T5EncoderModel(hf.T5Config(**sizes, vocab_size=N_TOKENS))
@@ -274,13 +301,13 @@ def umt5() -> Any:
     return hf.UMT5ForConditionalGeneration(hf.UMT5Config(**sizes, vocab_size=N_TOKENS))
 
 
-def siglip() -> Any:
+def siglip(text_width: int = 24) -> Any:
     config = hf.SiglipConfig(
         text_config={
             **SIZES,
             "vocab_size": N_TOKENS,
             "max_position_embeddings": 64,
-            "projection_size": 24,
+            "projection_size": text_width,
         },
         vision_config=VISION,
     )
@@ -471,6 +498,12 @@ HF_TEXTS = {
         build=build_text(modernbert, "bert", 8192, sentence_files(CLS, 8192)),
         reference=by_auto_model(first_token, 8192),
     ),
+    "deberta-v3": Family(
+        library="hf",
+        modality="text",
+        build=build_text(deberta, "bert", 128),
+        reference=by_auto_model(masked_mean, 128),
+    ),
     "t5": Family(
         library="hf",
         modality="text",
@@ -571,6 +604,16 @@ HF_TEXTS = {
         ),
         reference=clip_text_reference(hf.CLIPTextModelWithProjection),
     ),
+    "clip's text tower without its projection": Family(
+        library="hf",
+        modality="text",
+        build=build_text(
+            lambda: hf.CLIPTextModel(clip(257)().config.text_config),
+            "clip",
+            77,
+        ),
+        reference=end_of_text_reference,
+    ),
     "metaclip 2's text tower alone": Family(
         library="hf",
         modality="text",
@@ -618,6 +661,42 @@ def build_dense(folder: Path) -> None:
     layer = randomize(nn.Linear(WIDTH, 12))
     tensors = {"linear.weight": layer.weight.detach(), "linear.bias": layer.bias.detach()}
     save_file(tensors, folder / "2_Dense" / "model.safetensors")
+
+
+def build_static(folder: Path) -> None:
+    """As model2vec's potion: a table of word vectors, whose mean is the text's."""
+    from safetensors.torch import save_file
+
+    tokenizer = save_tokenizer(folder / "0_StaticEmbedding", "bert", None)
+    inner = folder / "0_StaticEmbedding"
+    for path in inner.iterdir():
+        path.unlink()
+    tokenizer.backend_tokenizer.save(str(inner / "tokenizer.json"))
+    table = randomize(nn.Embedding(N_TOKENS, WIDTH)).weight.detach()
+    save_file({"embedding.weight": table}, inner / "model.safetensors")
+    module_type = "sentence_transformers.models.StaticEmbedding"
+    module = {"idx": 0, "name": "0", "path": "0_StaticEmbedding", "type": module_type}
+    write_json(folder, "modules.json", [module, {**NORMALIZE, "idx": 1, "path": "1_Normalize"}])
+
+
+def build_sentence_clip(folder: Path) -> None:
+    """As sentence-transformers/clip-ViT-B-32 keeps its files."""
+    inner = folder / "0_CLIPModel"
+    inner.mkdir()
+    randomize(clip(257)()).save_pretrained(inner)
+    save_tokenizer(inner, "clip", 77)
+    hf.CLIPImageProcessor(**CROPPED).save_pretrained(inner)
+    module_type = "sentence_transformers.models.CLIPModel"
+    module = {"idx": 0, "name": "0", "path": "0_CLIPModel", "type": module_type}
+    write_json(folder, "modules.json", [module])
+
+
+def sentence_images(folder: Path, images: Sequence[Image.Image]) -> Tensor:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device="cpu")
+    encoded: Tensor = model.encode(list(images), convert_to_tensor=True, show_progress_bar=False)
+    return encoded.clone()
 
 
 def sentence_family(build: Callable[[Path], None]) -> Family:
@@ -676,6 +755,8 @@ ST_TEXTS |= {
         build_text(xlm_roberta, "roberta", 128, sentence_files({"pooling_mode": "mean"}, None))
     ),
     "st: dense": sentence_family(build_dense),
+    "st: static word vectors": sentence_family(build_static),
+    "st: clip, text": sentence_family(build_sentence_clip),
 }
 
 
@@ -756,6 +837,16 @@ def take_classified(base: str) -> Callable[[Any, Tensor], Tensor]:
     return take
 
 
+def take_head(model: Any, pixels: Tensor) -> Tensor:
+    """What the last linear layer of the classifier takes."""
+    taken: list[Tensor] = []
+    linear = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
+    hook = linear.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+    model(pixel_values=pixels)
+    hook.remove()
+    return taken[0]
+
+
 def image_family(
     model: Callable[[], Any],
     processor: Callable[[], Any],
@@ -796,6 +887,54 @@ HIERA = {
     "masked_unit_attention": [True, False],
     "num_query_pool": 1,
     "query_stride": [2, 2],
+}
+SMALL_STAGES = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}
+SQUASHED_64 = {"size": {"height": 64, "width": 64}}
+CONVOLUTIONS: dict[str, tuple[Any, Any, Any]] = {
+    "resnet": (
+        lambda: hf.ResNetForImageClassification(hf.ResNetConfig(**SMALL_STAGES, num_labels=3)),
+        lambda: hf.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
+        hf.ResNetForImageClassification,
+    ),
+    "regnet": (
+        lambda: hf.RegNetForImageClassification(
+            hf.RegNetConfig(**SMALL_STAGES, groups_width=4, num_labels=3)
+        ),
+        lambda: hf.ConvNextImageProcessor(size={"shortest_edge": 64}, crop_pct=0.875),
+        hf.RegNetForImageClassification,
+    ),
+    "mobilenet v1": (
+        lambda: hf.MobileNetV1ForImageClassification(
+            hf.MobileNetV1Config(depth_multiplier=0.25, num_labels=3)
+        ),
+        lambda: hf.MobileNetV1ImageProcessor(
+            size={"shortest_edge": 72},
+            crop_size={"height": 64, "width": 64},
+        ),
+        hf.MobileNetV1ForImageClassification,
+    ),
+    "mobilenet v2": (
+        lambda: hf.MobileNetV2ForImageClassification(
+            hf.MobileNetV2Config(depth_multiplier=0.35, num_labels=3)
+        ),
+        lambda: hf.MobileNetV2ImageProcessor(
+            size={"shortest_edge": 72},
+            crop_size={"height": 64, "width": 64},
+        ),
+        hf.MobileNetV2ForImageClassification,
+    ),
+    "efficientnet": (
+        lambda: hf.EfficientNetForImageClassification(
+            hf.EfficientNetConfig(
+                width_coefficient=0.25,
+                depth_coefficient=0.3,
+                hidden_dim=320,
+                num_labels=3,
+            )
+        ),
+        lambda: hf.EfficientNetImageProcessor(**SQUASHED_64),
+        hf.EfficientNetForImageClassification,
+    ),
 }
 RELATIVE = {"use_relative_position_bias": True, "num_labels": 3}
 HF_IMAGES = {
@@ -892,6 +1031,10 @@ HF_IMAGES = {
         lambda: hf.ViTImageProcessor(size={"height": 64, "width": 64}),
         by_processor(hf.AutoModel, take_pooled),
     ),
+    **{
+        f"{name}, classifier's input": image_family(make, processor, by_processor(cls, take_head))
+        for name, (make, processor, cls) in CONVOLUTIONS.items()
+    },
     "hiera": image_family(
         lambda: hf.HieraForImageClassification(hf.HieraConfig(**HIERA, num_labels=3)),
         lambda: hf.BitImageProcessor(**CROPPED),
@@ -916,20 +1059,36 @@ HF_IMAGES = {
 # Pictures by timm
 
 
-def build_timm(folder: Path) -> None:
-    import timm
-    from timm.models import save_for_hf
+def build_timm(
+    name: str = "test_vit",
+    preprocessing: dict[str, Any] | None = None,
+    **model_args: Any,
+) -> Callable[[Path], None]:
+    """Return a builder of a timm model at 32 pixels.
 
-    model = randomize(timm.create_model("test_vit", pretrained=False, img_size=32, num_classes=3))
-    model.pretrained_cfg = {
-        **model.pretrained_cfg,
-        "input_size": (3, 32, 32),
-        "crop_pct": 0.9,
-        "num_classes": 3,
-        "fixed_input_size": True,
-    }
-    save_for_hf(model, folder, model_args={"img_size": 32}, safe_serialization="both")
-    (folder / "README.md").write_text("A model.")
+    Args:
+        preprocessing: what differs in its configuration of the data.
+    """
+
+    def build(folder: Path) -> None:
+        import timm
+        from timm.models import save_for_hf
+
+        arguments = {"img_size": 32, **model_args}
+        arguments = {key: value for key, value in arguments.items() if value is not None}
+        model = randomize(timm.create_model(name, pretrained=False, num_classes=3, **arguments))
+        model.pretrained_cfg = {
+            **model.pretrained_cfg,
+            "input_size": (3, 32, 32),
+            "crop_pct": 0.9,
+            "num_classes": 3,
+            "fixed_input_size": True,
+            **(preprocessing or {}),
+        }
+        save_for_hf(model, folder, model_args=arguments, safe_serialization="both")
+        (folder / "README.md").write_text("A model.")
+
+    return build
 
 
 def timm_reference(folder: Path, images: Sequence[Image.Image]) -> Tensor:
@@ -943,8 +1102,45 @@ def timm_reference(folder: Path, images: Sequence[Image.Image]) -> Tensor:
     return features
 
 
+SMALL_TIMM = {"embed_dim": WIDTH, "num_heads": 4, "depth": 2, "patch_size": 8}
+SQUASHED_TIMM = {"crop_mode": "squash", "crop_pct": 1.0, "interpolation": "bilinear"}
+BORDERED_TIMM = {"crop_mode": "border", "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+
+
+def timm_family(
+    name: str,
+    preprocessing: dict[str, Any] | None = None,
+    **model_args: Any,
+) -> Family:
+    return Family(
+        library="timm",
+        modality="image",
+        build=build_timm(name, preprocessing, **model_args),
+        reference=timm_reference,
+    )
+
+
 TIMM_IMAGES = {
-    "timm": Family(library="timm", modality="image", build=build_timm, reference=timm_reference)
+    "timm": timm_family("test_vit"),
+    "timm: siglip": timm_family("vit_base_patch16_siglip_224", SQUASHED_TIMM, **SMALL_TIMM),
+    "timm: eva02": timm_family("eva02_tiny_patch14_224", **SMALL_TIMM),
+    "timm: dinov3": timm_family("vit_small_patch16_dinov3", **SMALL_TIMM),
+    "timm: pe": timm_family("vit_pe_core_tiny_patch16_384", SQUASHED_TIMM, **SMALL_TIMM),
+    "timm: beit": timm_family("beit_base_patch16_224", BORDERED_TIMM, **SMALL_TIMM),
+    "timm: resnet": timm_family("test_resnet", {"interpolation": "bilinear"}, img_size=None),
+    "timm: convnext": timm_family("test_convnext", {"crop_pct": 0.75}, img_size=None),
+    "timm: swin": timm_family(
+        "swin_tiny_patch4_window7_224",
+        embed_dim=16,
+        depths=(1, 1),
+        num_heads=(2, 2),
+        window_size=4,
+    ),
+    "timm: mobilenet": timm_family("mobilenetv3_small_050", {"crop_pct": 0.875}, img_size=None),
+    "timm: efficientnet": timm_family("test_efficientnet", img_size=None),
+    "timm: cait": timm_family("cait_xxs24_224", **SMALL_TIMM),
+    "timm: xcit": timm_family("xcit_nano_12_p8_224", **SMALL_TIMM),
+    "timm: hiera": timm_family("hiera_tiny_224", embed_dim=16, stages=(1, 1, 1, 1)),
 }
 
 
@@ -1069,4 +1265,21 @@ OPEN_CLIP = {
     "open_clip: coca, image": open_clip_family("image", COCA),
 }
 
-FAMILIES: dict[str, Family] = {**HF_TEXTS, **ST_TEXTS, **HF_IMAGES, **TIMM_IMAGES, **OPEN_CLIP}
+ST_IMAGES = {
+    "st: clip, image": Family(
+        library="st",
+        modality="image",
+        build=build_sentence_clip,
+        reference=sentence_images,
+        needs="sentence_transformers",
+    )
+}
+
+FAMILIES: dict[str, Family] = {
+    **HF_TEXTS,
+    **ST_TEXTS,
+    **ST_IMAGES,
+    **HF_IMAGES,
+    **TIMM_IMAGES,
+    **OPEN_CLIP,
+}

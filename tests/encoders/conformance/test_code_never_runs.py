@@ -207,6 +207,65 @@ def test_what_a_folder_brings_does_not_run(
     assert questions == []
 
 
+KERNEL = "someone/attention"
+KERNEL_CASES: dict[str, tuple[str, Any, Callable[[Path], None], str, dict[str, Any]]] = {
+    "hf": ("hf", "text", build_text(bert, "bert", 128), "config.json", {"attn_implementation": 0}),
+    "hf, private name": (
+        *("hf", "text", build_text(bert, "bert", 128), "config.json"),
+        {"_attn_implementation": 0},
+    ),
+    "hf, by side": (
+        *("hf", "text", build_text(bert, "bert", 128), "config.json"),
+        {"attn_implementation": {"": 0}},
+    ),
+    "hf, image": ("hf", "image", build_vit, "config.json", {"attn_implementation": 0}),
+    "st": ("st", "text", build_st, "config.json", {"attn_implementation": 0}),
+    "st, arguments": (
+        *("st", "text", build_st, "sentence_bert_config.json"),
+        {"model_args": {"attn_implementation": 0}},
+    ),
+    "open_clip": ("open_clip", "text", XLMR, "tower/config.json", {"attn_implementation": 0}),
+}
+
+
+def named(value: Any, name: str) -> Any:
+    if isinstance(value, dict):
+        return {key: named(inner, name) for key, inner in value.items()}
+    return name
+
+
+@pytest.mark.parametrize("attention", [KERNEL, "flash_attention_2", "paged|someone/attention"])
+@pytest.mark.parametrize("name", KERNEL_CASES)
+def test_an_attention_from_elsewhere_is_never_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    attention: str,
+) -> None:
+    """With the package `kernels` the library would download it."""
+    library, modality, build, file, values = KERNEL_CASES[name]
+    if library in PACKAGES:
+        pytest.importorskip(PACKAGES[library])
+    loaded: list[Any] = []
+    hub = "transformers.integrations.hub_kernels"
+    monkeypatch.setattr(f"{hub}.is_kernels_available", lambda: True)
+    monkeypatch.setattr(f"{hub}.get_kernel", lambda *names, **_: loaded.append(names))
+    build(tmp_path)
+    edit(tmp_path / file, **named(values, attention))
+    spec = parse_encoder(f"{library}:{tmp_path}", modality)
+    load: Any = load_image_encoder if modality == "image" else load_text_encoder
+    with pytest.raises(EncoderError, match=r"asks for the attention.*which apecache never runs"):
+        load(spec, "cpu")
+    assert loaded == []
+
+
+def test_the_librarys_own_attention_may_be_named(tmp_path: Path) -> None:
+    build_text(bert, "bert", 128)(tmp_path)
+    edit(tmp_path / "config.json", attn_implementation="eager")
+    spec = parse_encoder(f"hf:{tmp_path}", "text")
+    assert load_text_encoder(spec, "cpu").module.config._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("name", ["hf: model", "st: module", "st: model", "open_clip: tower"])
 def test_the_refusal_says_that_code_of_a_repository_never_runs(tmp_path: Path, name: str) -> None:
     library, modality, build, change = CASES[name]

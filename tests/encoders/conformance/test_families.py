@@ -92,7 +92,7 @@ class Models:
             env=environment,
             stdin=subprocess.DEVNULL,
             check=True,
-            timeout=600,
+            timeout=3000,
         )
         digests = json.loads((self.root / "digests.json").read_text())
         return load_file(self.root / "features.safetensors"), digests

@@ -28,11 +28,14 @@ from apecache.errors import EncoderError
 
 CAPTIONS = ("a red circle on a white ground", "a", "x" * 30)
 HF_IMAGES = [
-    name for name, row in FAMILIES.items() if (row.library, row.modality) == ("hf", "image")
+    name
+    for name, row in FAMILIES.items()
+    # The library counts the hidden states of these without the first, or layers within blocks.
+    if (row.library, row.modality) == ("hf", "image") and not name.startswith(("mobile", "effic"))
 ]
 HF_TEXTS = [name for name, row in FAMILIES.items() if (row.library, row.modality) == ("hf", "text")]
 WRAPPED = ["open_clip: xlm-roberta, text", "open_clip: bert, text"]
-SHAPED = [name for name, row in FAMILIES.items() if row.library != "st" and name not in WRAPPED]
+SHAPED = [name for name in FAMILIES if name != "st: static word vectors"]
 TIMM_MODELS: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": 32, "embed_dim": 16, "num_heads": 2, "depth": 2},
     "vit_small_patch16_dinov3": {"img_size": 32, "embed_dim": 48, "num_heads": 2, "depth": 2},
@@ -41,6 +44,15 @@ TIMM_MODELS: dict[str, dict[str, Any]] = {
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32)},
     "hiera_tiny_224": {"img_size": 64, "embed_dim": 8, "stages": (1, 1, 1, 1), "num_heads": 1},
     "test_efficientnet": {},
+    "cait_xxs24_224": {"img_size": 32, "embed_dim": 32, "num_heads": 4, "depth": 2},
+    "xcit_nano_12_p8_224": {"img_size": 32, "embed_dim": 32, "num_heads": 4, "depth": 2},
+    "convit_tiny": {
+        "img_size": 32,
+        "embed_dim": 16,
+        "num_heads": 4,
+        "depth": 3,
+        "local_up_to_layer": 2,
+    },
 }
 
 
@@ -201,15 +213,87 @@ def test_a_frozen_side_is_counted_at_the_widths_of_extraction(tmp_path: Path, na
         assert tower.image_size == encoder.input_shape[1:]
 
 
+@pytest.mark.parametrize("name", [name for name in SHAPED if not name.startswith("st:")])
+def test_a_tower_that_trains_is_counted_part_by_part(tmp_path: Path, name: str) -> None:
+    family = FAMILIES[name]
+    if family.needs is not None:
+        pytest.importorskip(family.needs)
+    family.build(tmp_path)
+    spec = spec_of(family, tmp_path)
+    load_encoder: Any = load_image_encoder if family.modality == "image" else load_text_encoder
+    encoder = load_encoder(spec, "cpu")
+    try:
+        tower = tower_of(encoder)
+    except EncoderError:
+        with pytest.raises(EncoderError, match="cannot be"):
+            shape_tower(spec)
+        return
+    # A plan knows no pooling of a text repository: only the model's own parameters can differ.
+    counted = {part.name: part.count for part in shape_tower(spec).parts()}
+    trained = {part.name: part.count for part in tower.parts()}
+    assert counted == trained
+
+
 @pytest.mark.parametrize("name", WRAPPED)
-def test_a_wrapped_text_tower_is_neither_counted_nor_trained(tmp_path: Path, name: str) -> None:
+def test_a_wrapped_text_tower_is_counted_and_trained_as_any_other(
+    tmp_path: Path,
+    name: str,
+) -> None:
     pytest.importorskip("open_clip")
     FAMILIES[name].build(tmp_path)
     spec = spec_of(FAMILIES[name], tmp_path)
-    with pytest.raises(EncoderError, match="plan with that model as hf:"):
-        shape_tower(spec, is_frozen=True)
-    with pytest.raises(EncoderError, match="cannot be seen as a tower"):
-        tower_of(load_text_encoder(spec, "cpu"))
+    encoder = load_text_encoder(spec, "cpu")
+    tower = tower_of(encoder)
+    assert {part.name for part in shape_tower(spec).parts()} >= {
+        part.name for part in tower.parts() if "[cls]" not in part.name
+    }
+    with torch.no_grad():
+        pooled = tower(*encoder.pad(encoder.tokenize(CAPTIONS).ids))
+    assert_close(pooled, encoder.encode(CAPTIONS))
+
+
+def test_cuts_of_sentence_transformers_are_those_of_its_transformer(tmp_path: Path) -> None:
+    """Also within a prompt that the pooling leaves out."""
+    pytest.importorskip("sentence_transformers")
+    for name, n_left_out in (("st: mean", 0), ("st: a prompt that is not pooled", 11)):
+        folder = tmp_path / name.replace(": ", "-")
+        folder.mkdir()
+        FAMILIES[name].build(folder)
+        spec = spec_of(FAMILIES[name], folder)
+        whole = load_text_encoder(spec, "cpu")
+        ids, mask = whole.pad(whole.tokenize(CAPTIONS).ids)
+        module: Any = whole.module[0].auto_model
+        with torch.no_grad():
+            output = module(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        pooled_mask = mask.clone()
+        pooled_mask[:, :n_left_out] = 0
+        for layer, state in ((1, output.hidden_states[1]), (None, output.last_hidden_state)):
+            tokens = replace(spec, pooling="tokens", layer=layer)
+            mean = replace(spec, pooling="mean", layer=layer)
+            encoders = load_text_encoders([tokens, mean], "cpu")
+            assert_close(encoders[0].encode_ids(whole.tokenize(CAPTIONS).ids), state)
+            assert_close(encoders[1].encode(CAPTIONS), pool_tokens(state, pooled_mask, "mean"))
+            assert encoders[1].fingerprint != whole.fingerprint
+
+
+def test_tokens_of_each_patch_are_not_taken_for_those_of_the_image(tmp_path: Path) -> None:
+    from timm.models import save_for_hf
+
+    model = timm.create_model("tnt_s_patch16_224", pretrained=False, num_classes=3, depth=2)
+    save_for_hf(model, tmp_path, model_args={"depth": 2}, safe_serialization=True)
+    spec = parse_encoder(f"timm:{tmp_path}", "image")
+    with pytest.raises(EncoderError, match="block 1 of TNT gives no tokens"):
+        load(spec, "mean", 1)
+
+
+def test_before_the_class_token_there_is_none(tmp_path: Path) -> None:
+    """CaiT adds its class token after all blocks."""
+    FAMILIES["timm: cait"].build(tmp_path)
+    spec = spec_of(FAMILIES["timm: cait"], tmp_path)
+    with pytest.raises(EncoderError, match="has no CLS token"):
+        load(spec, "cls", 1)
+    assert load(spec, "tokens", 1).row_shape == (16, 32)
+    assert load_image_encoder(replace(spec, pooling="tokens"), "cpu").row_shape == (17, 32)
 
 
 @pytest.mark.parametrize(

@@ -121,10 +121,10 @@ def test_a_siglip_without_a_fast_tokenizer_names_open_clip(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "model",
     [
-        lambda: hf.ResNetModel(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8])),
+        lambda: hf.PoolFormerModel(hf.PoolFormerConfig(hidden_sizes=[8, 8, 8, 8])),
         lambda: hf.Aimv2Model(hf.Aimv2Config(vision_config=VISION, text_config=SIZES)),
     ],
-    ids=["resnet", "aimv2 with its text tower"],
+    ids=["poolformer", "aimv2 with its text tower"],
 )
 def test_other_image_models_are_refused_with_other_libraries(tmp_path: Path, model: Any) -> None:
     model().config.save_pretrained(tmp_path)

@@ -303,7 +303,8 @@ at::Tensor copy_from(const at::Tensor& source, const at::Tensor& target, bool no
   bool from_device = is_on_device(source);
   bool to_device = is_on_device(target);
   if (!from_device && to_device) count_copy_to_device(source, non_blocking);
-  if (from_device && !to_device) wait_for_device("copy to the host");
+  bool is_asynchronous = non_blocking && target.is_pinned();
+  if (from_device && !to_device && !is_asynchronous) wait_for_device("copy to the host");
   Scoped uncounted(is_counting, false);
   auto host_target = to_device ? host_alias(target) : target;
   host_target.copy_(from_device ? host_alias(source) : source);

@@ -120,6 +120,8 @@ class Recording:
 
     def __enter__(self) -> None:
         extension.wait("a graph begins")
+        # A device that records draws no numbers.
+        self.random_state = extension.get_state()
         self.graph.tape.__enter__()
         extension.capture(True)
 
@@ -128,6 +130,17 @@ class Recording:
         self.graph.tape.__exit__(*error)
         for tensor, value in self.graph.tape.before.values():
             _whole_storage(tensor).copy_(value)
+        extension.set_state(self.random_state)
+
+
+class Event:
+    """Wait as an event of a device does; what is pretended has happened at once."""
+
+    def record(self, stream: Any) -> None:
+        assert stream == DEVICE
+
+    def synchronize(self) -> None:
+        extension.wait("event")
 
 
 # --- what torch asks a device's module for --------------------------------------------------------
@@ -138,6 +151,7 @@ class DeviceModule(types.ModuleType):
 
     OutOfMemoryError = torch.OutOfMemoryError
     CUDAGraph = Graph
+    Event = Event
     graph = Recording
     total_bytes = TOTAL_BYTES
 
@@ -152,6 +166,9 @@ class DeviceModule(types.ModuleType):
 
     def set_device(self, device: Any) -> None:
         pass
+
+    def current_stream(self, device: Any) -> torch.device:
+        return torch.device(device)
 
     def _is_in_bad_fork(self) -> bool:
         return False

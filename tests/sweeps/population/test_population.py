@@ -21,9 +21,13 @@ from apecache.sweeps.population.population import (
     stack_key,
     train_together,
 )
-from apecache.sweeps.population.stacked_heads import MemberGenerators, structure_of
+from apecache.sweeps.population.stacked_heads import (
+    MemberGenerators,
+    StackedHeads,
+    structure_of,
+)
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import StepCount, Training, seeded
+from apecache.train.fit import HeadFit, StepCount, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,7 +36,7 @@ def together(
     cases: Sequence[Sequence[str]],
     n_epochs: int = 1000,
     train: FeaturePairs = TRAIN,
-) -> list[Training]:
+) -> list[HeadFit]:
     """The cases as one population; the place of each is its seed."""
     made = [make(settings, seed, train) for seed, settings in enumerate(cases)]
     assert len({stack_key(*member) for member in made}) == 1
@@ -135,6 +139,62 @@ def test_every_structure_and_loss_equals_its_solo_runs(name: str) -> None:
         assert member.history[-1]["dev"] == alone.history[-1]["dev"]
         if member.average is not None and alone.average is not None:
             torch.testing.assert_close(member.average, alone.average, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in STRUCTURES if name != "mixup"] + ["plain", "clipped", "mlp"]
+)
+def test_few_launches_change_no_member_without_dropout(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on accelerators: logits, optimizer and masks of all members together."""
+    monkeypatch.setattr("apecache.sweeps.population.population.is_accelerator", lambda _: True)
+    more = {"clipped": ["optimizer.clip=1.0"], "mlp": MLP[:3]}
+    structure = STRUCTURES.get(name, more.get(name, []))
+    still = ["image.dropout=0", "text.dropout=0", "augmentation.noise=0"]
+    cases = []
+    for i in range(3):
+        settings = [f"optimizer.weight_decay={0.1 * i}", f"optimizer.lr={0.01 * (i + 1)}"]
+        cases.append(["schedule.epochs=3", *structure, *still, *settings])
+    for seed, member in enumerate(together(cases)):
+        alone = solo(cases[seed], seed)
+        # Another order of operations: Adam amplifies the last digits of small gradients.
+        assert distance(member, alone) < 1e-4
+        assert member.history[-1]["dev"] == alone.history[-1]["dev"]
+
+
+def test_members_that_share_an_optimizer_keep_their_states_when_the_stack_shrinks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("apecache.sweeps.population.population.is_accelerator", lambda _: True)
+    patience = ["schedule.epochs=12", "schedule.patience=1"]
+    cases = [[*patience, "optimizer.lr=0.3"], [*patience[:1], "optimizer.lr=0.02"]]
+    members = together(cases)
+    alone = [solo(case, seed) for seed, case in enumerate(cases)]
+    assert members[0].epoch < members[1].epoch == 12
+    assert all(distance(m, a) < 1e-4 for m, a in zip(members, alone, strict=True))
+    for member, expected in zip(members, alone, strict=True):
+        assert member.optimizer is not None
+        assert expected.optimizer is not None
+        ours = member.optimizer.state_dict()["state"]
+        theirs = expected.optimizer.state_dict()["state"]
+        for number, state in theirs.items():
+            torch.testing.assert_close(ours[number], state, rtol=1e-3, atol=1e-6)
+
+
+def test_one_draw_of_masks_drops_the_shares_of_each_member() -> None:
+    heads = []
+    for share in (0.0, 0.25, 0.75):
+        spec = HeadSpec(kind="linear", dim=4, input_dropout=share, standardize=False)
+        heads.append(build_head(spec, 400, 4))
+    stacked = StackedHeads(heads, None)
+    dropout: Any = stacked._head.dropout
+    dropped = dropout.forward(torch.ones(3, 200, 400))
+    for seen, share in zip(dropped, (0.0, 0.25, 0.75), strict=True):
+        assert float((seen == 0).float().mean()) == pytest.approx(share, abs=0.01)
+        # What stays is scaled up, so that the mean stays.
+        assert float(seen.mean()) == pytest.approx(1.0, abs=0.02)
 
 
 def test_several_heads_side_by_side_are_stacked_too() -> None:
@@ -275,7 +335,7 @@ def test_a_killed_population_goes_on_from_its_checkpoint_failed_members_included
         for lr in (0.02, 3e38, 0.01)
     ][:count]
 
-    def fresh(first_seed: int) -> tuple[list[Training], MemberGenerators, StepCount]:
+    def fresh(first_seed: int) -> tuple[list[HeadFit], MemberGenerators, StepCount]:
         made = [make(settings, first_seed + seed) for seed, settings in enumerate(cases)]
         return (
             [m for m, _ in made],

@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from apecache.data.augment import Views
 from apecache.errors import RecipeError
 from apecache.losses.contrastive import Groups
-from apecache.metrics.retrieval import RetrievalReport, retrieval_report
+from apecache.metrics.retrieval import RetrievalReport
+from apecache.metrics.selection import dev_report
 from apecache.models.dual_encoder import EncoderModel, Side
 from apecache.models.shared_encoder import SharedSide
 from apecache.recipes.recipe import Recipe
@@ -46,7 +47,7 @@ class EncoderFit(Fit[EncoderModel]):
         self.inputs = inputs
         self.spec = spec
         self.ranks = ranks
-        self.views = image_views(recipe, spec, inputs)
+        self.seen = _as_seen(inputs, image_views(recipe, spec, inputs))
 
     def add_gradients(self, batch: Batch, accumulate: int) -> Tensor:
         """Add the gradients of a batch, slice by slice. See `Fit.add_gradients`."""
@@ -55,14 +56,19 @@ class EncoderFit(Fit[EncoderModel]):
         texts_per_image = len(texts) // len(images)
         groups = _on(batch.groups, self.device)
         # `epoch` counts the epochs that are done; the views are those of the present one.
-        inputs = self._as_seen(self.epoch + 1)
+        inputs = self.seen
+        if isinstance(inputs[0], ImageInputs):
+            inputs = (replace(inputs[0], epoch=self.epoch + 1), inputs[1])
 
         def encode(positions: range) -> tuple[Tensor, Tensor]:
             first_text = positions.start * texts_per_image
             end_text = positions.stop * texts_per_image
             image_rows = images[positions.start : positions.stop]
             text_rows = texts[first_text:end_text]
-            image = self._run(self.model.image, inputs[0], image_rows)
+            image_inputs = inputs[0]
+            if self.recipe.schedule.epoch == "pairs" and isinstance(image_inputs, ImageInputs):
+                image_inputs = replace(image_inputs, captions=text_rows)
+            image = self._run(self.model.image, image_inputs, image_rows)
             text = self._run(self.model.text, inputs[1], text_rows)
             return image, text
 
@@ -94,7 +100,7 @@ class EncoderFit(Fit[EncoderModel]):
         image = self._embed(self.model.image, image_inputs, image_rows)
         text = self._embed(self.model.text, text_inputs, text_rows)
         relevance = None if dev.relevance is None else dev.relevance.to(image.device)
-        return retrieval_report(
+        return dev_report(
             image,
             text,
             dev.image_of_text.to(image.device),
@@ -118,17 +124,9 @@ class EncoderFit(Fit[EncoderModel]):
             embedded_batches = [side(*source.take(batch)).float() for batch in batches]
         return self.ranks.gathered(torch.cat(embedded_batches), rank_share.start, len(rows))
 
-    def _as_seen(self, epoch: int) -> tuple[Inputs, Inputs]:
-        """Return the inputs as training sees them in this epoch, with image views."""
-        if self.views is None:
-            return self.inputs
-        image, text = self.inputs
-        assert isinstance(image, ImageInputs)
-        return image.augmented(self.views, epoch), text
-
     def _autocast(self) -> Any:
         """Return the context in which the towers compute."""
-        if self.spec.autocast == "float32":
+        if not self.spec.uses_bfloat16(self.device):
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
@@ -136,7 +134,7 @@ class EncoderFit(Fit[EncoderModel]):
         """Return the context in which attention computes."""
         # On the CPU the backward pass of torch's fused attention in bfloat16 is slow (torch 2.14:
         # ten times its time in float32, which made a step of ViT-S/14 at 56 px 1.5 times as long).
-        is_slow = self.device.type == "cpu" and self.spec.autocast == "bfloat16"
+        is_slow = self.device.type == "cpu" and self.spec.uses_bfloat16(self.device)
         return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()
 
 
@@ -167,7 +165,17 @@ def image_views(
         flip=augmentation.flip,
         operations=augmentation.operations,
         magnitude=augmentation.magnitude,
+        jitter=augmentation.jitter,
     )
+
+
+def _as_seen(inputs: tuple[Inputs, Inputs], views: Views | None) -> tuple[Inputs, Inputs]:
+    """Return the inputs as training sees them, with image views."""
+    if views is None:
+        return inputs
+    image, text = inputs
+    assert isinstance(image, ImageInputs)
+    return image.augmented(views, epoch=0), text
 
 
 def _on(groups: Groups | None, device: torch.device) -> Groups | None:

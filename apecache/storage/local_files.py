@@ -68,21 +68,21 @@ class LocalFiles:
             os.replace(temporary, self.path(name))
             self._sync_folder(self.path(name).parent)
 
-    def create(self, name: str, *buffers: Buffer) -> bool:
+    def put_if_absent(self, name: str, *buffers: Buffer) -> bool:
         """Write one object only if there is none.
 
         The object survives a power cut after the return, also where another writer put it.
         """
         with self._explained(name):
             try:
-                return self._put_if_absent(name, buffers)
+                return self._link_if_absent(name, buffers)
             except OSError as error:
                 # A finished store may lie on a read-only file system: what is there needs no write.
                 if error.errno not in UNWRITABLE or not self.path(name).exists():
                     raise
                 return False
 
-    def _put_if_absent(self, name: str, buffers: Sequence[Buffer]) -> bool:
+    def _link_if_absent(self, name: str, buffers: Sequence[Buffer]) -> bool:
         with self._temporary(name, buffers) as temporary:
             put = True
             # `link`, and not `rename`, fails if another writer was first. That writer may have been

@@ -7,100 +7,22 @@ same numbers, and asking a tensor for its value is an error.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import pytest
 import torch
 from populations import DEV, TRAIN, distance, losses, make, pairs, solo
+from tapes import Records
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from apecache.sweeps.population import member_group as module
-from apecache.sweeps.population import stacked_losses as stacked
+from apecache.sweeps.population import population as population_module
 from apecache.sweeps.population.population import train_together
 from apecache.sweeps.population.stacked_heads import MemberGenerators
-from apecache.sweeps.population.step_graph import StepGraph, recorder_of, try_to_record
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import Training
+from apecache.train.fit import HeadFit
+from apecache.train.step_graph import StepGraph, recorder_of, try_to_record
 
 CPU = torch.device("cpu")
-WAITING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal")
-
-
-class Tape(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}
-        self.own = set[int]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if any(name in func.__name__ for name in WAITING):
-            raise RuntimeError(f"{func}: not permitted while recording")
-        if func._schema.is_mutable:
-            for tensor in _tensors((args, kwargs)):
-                self._keep(tensor)
-        out = func(*args, **kwargs)
-        self.own |= {
-            _memory(t)
-            for t in _tensors(out)
-            if _memory(t) not in {_memory(a) for a in _tensors(args)}
-        }
-        self.calls.append((func, args, kwargs, out))
-        return out
-
-    def _keep(self, tensor: Tensor) -> None:
-        if _memory(tensor) not in self.before and _memory(tensor) not in self.own:
-            self.before[_memory(tensor)] = (tensor, _flat(tensor).clone())
-
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
-            found = func(*args, **kwargs)
-            for made, kept in zip(_tensors(found), _tensors(out), strict=True):
-                if _memory(made) != _memory(kept):
-                    kept.copy_(made)
-
-    def undo(self) -> None:
-        for tensor, value in self.before.values():
-            _flat(tensor).copy_(value)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """All of the memory that a tensor is part of."""
-    size = tensor.untyped_storage().nbytes() // tensor.element_size()
-    return torch.as_strided(tensor.detach(), (size,), (1,), 0)
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-class Records:
-    """How many steps were recorded, and how often they were replayed."""
-
-    def __init__(self) -> None:
-        self.made = self.replayed = 0
-
-    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        tape = Tape()
-        with torch.no_grad():
-            with tape:
-                out = run()
-            tape.undo()
-        self.made += 1
-
-        def replay() -> Tensor:
-            self.replayed += 1
-            with torch.no_grad():
-                tape.replay()
-            return out
-
-        return replay
 
 
 @pytest.fixture
@@ -110,16 +32,12 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[Records]:
     found = Records()
     torch.set_num_threads(1)
     monkeypatch.setattr(module, "recorder_of", lambda device: found)
-    monkeypatch.setattr(
-        stacked,
-        "_softmaxes",
-        lambda logits, scale: stacked._softmaxes_of_any_scale(logits),
-    )
+    monkeypatch.setattr(population_module, "is_accelerator", lambda device: True)
     yield found
     torch.set_num_threads(before)
 
 
-def together(cases: Sequence[Sequence[str]], train: FeaturePairs = TRAIN) -> list[Training]:
+def together(cases: Sequence[Sequence[str]], train: FeaturePairs = TRAIN) -> list[HeadFit]:
     made = [make(settings, seed, train) for seed, settings in enumerate(cases)]
     members = [training for training, _ in made]
     streams = MemberGenerators.seeded([s + 1 for s in range(len(made))], CPU)
@@ -179,15 +97,13 @@ def test_members_whose_steps_are_replayed_equal_their_solo_runs(
     for seed, member in enumerate(found):
         alone = solo(cases[seed], seed)
         assert member.step == alone.step
-        assert distance(member, alone) < 1e-5
+        assert distance(member, alone) < 1e-4
         assert losses(member) == pytest.approx(losses(alone), rel=1e-4)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        ("image.dropout=0.2",),
-        ("augmentation.noise=0.1",),
         ("optimizer.kind=lion",),
         ("optimizer.kind=sgd",),
         ("loss.kind=sigmoid",),
@@ -197,7 +113,17 @@ def test_what_cannot_be_recorded_is_not(records: Records, settings: tuple[str, .
     cases = cases_of(*settings)
     found = together(cases)
     assert records.made == 0
-    assert distance(found[2], solo(cases[2], 2)) < 1e-5
+    assert distance(found[2], solo(cases[2], 2)) < 1e-4
+
+
+def test_steps_with_dropout_are_recorded_and_those_with_noise_are_not(records: Records) -> None:
+    """Members with dropout share their masks: they end elsewhere than fits alone."""
+    found = together(cases_of("image.dropout=0.2"))
+    assert records.replayed > 0
+    assert all(member.best.recall > 20 for member in found)
+    n_replayed = records.replayed
+    together(cases_of("augmentation.noise=0.1"))
+    assert records.replayed == n_replayed
 
 
 def test_steps_with_equal_images_are_taken_and_the_others_replayed(records: Records) -> None:
@@ -212,7 +138,7 @@ def test_steps_with_equal_images_are_taken_and_the_others_replayed(records: Reco
     cases = cases_of("schedule.batch_size=16")
     found = together(cases, train)
     assert 0 < records.replayed < found[0].step - 1
-    assert max(distance(member, solo(cases[i], i, train)) for i, member in enumerate(found)) < 1e-5
+    assert max(distance(member, solo(cases[i], i, train)) for i, member in enumerate(found)) < 1e-4
 
 
 def test_a_member_that_leaves_makes_a_new_record(records: Records) -> None:
@@ -220,7 +146,7 @@ def test_a_member_that_leaves_makes_a_new_record(records: Records) -> None:
     found = together(cases)
     assert len({member.step for member in found}) > 1
     assert records.made > 1
-    assert max(distance(member, solo(cases[i], i)) for i, member in enumerate(found)) < 1e-5
+    assert max(distance(member, solo(cases[i], i)) for i, member in enumerate(found)) < 1e-4
 
 
 def test_a_device_that_refuses_is_said_and_the_steps_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,18 +154,18 @@ def test_a_device_that_refuses_is_said_and_the_steps_go_on(monkeypatch: pytest.M
         raise RuntimeError("operation not permitted when stream is capturing\nat line 3")
 
     monkeypatch.setattr(module, "recorder_of", lambda device: refuse)
+    monkeypatch.setattr(population_module, "is_accelerator", lambda device: True)
     cases = cases_of()
     with pytest.warns(UserWarning, match="not permitted when stream is capturing$"):
         found = together(cases)
-    assert max(distance(member, solo(cases[i], i)) for i, member in enumerate(found)) < 1e-5
+    assert max(distance(member, solo(cases[i], i)) for i, member in enumerate(found)) < 1e-4
 
 
 def test_a_step_that_asks_for_a_value_is_refused_by_the_tape() -> None:
     with pytest.warns(UserWarning, match="not permitted while recording"):
         assert (
             try_to_record(
-                lambda inputs: inputs[0] * float(inputs[0].sum()),
-                [torch.ones(2)],
+                lambda: torch.ones(2) * float(torch.ones(2).sum()),
                 Records(),
             )
             is None

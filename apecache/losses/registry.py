@@ -1,10 +1,14 @@
-"""Compute the objective of a recipe's `loss` section, for heads and for towers alike."""
+"""Choose the loss by the `kind` of a recipe's `loss` section, for heads and for towers alike.
+
+A new loss has its formula in `contrastive`, its name in `spec`, and its case in `loss_of_kind`.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from apecache.heads.normalization import normalize
 from apecache.losses.contrastive import (
     Groups,
     Temperature,
@@ -13,6 +17,7 @@ from apecache.losses.contrastive import (
     sigmoid_loss,
 )
 from apecache.losses.geometry import structure_divergence
+from apecache.losses.registered import registered_loss
 from apecache.losses.spec import LossSpec
 from apecache.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
 
@@ -39,15 +44,17 @@ def contrast(
         widths: of heads that stand side by side. Each has a loss of its own, and the result is
             their mean.
     """
+    if spec.matryoshka:
+        return _nested(image, text=text, temperature=temperature, groups=groups, spec=spec)
     if not widths:
-        return _contrast(image, text=text, temperature=temperature, groups=groups, spec=spec)
+        return loss_of_kind(image, text=text, temperature=temperature, groups=groups, spec=spec)
     image_blocks = image.split(list(widths), dim=-1)
     text_blocks = text.split(list(widths), dim=-1)
-    # `SeveralHeads` divides by this, so the product is L2-normalized again.
+    # `EnsembleHead` divides by this, so the product is L2-normalized again.
     length = len(widths) ** 0.5
     losses = []
     for image_block, text_block in zip(image_blocks, text_blocks, strict=True):
-        loss = _contrast(
+        loss = loss_of_kind(
             image_block * length,
             text=text_block * length,
             temperature=temperature,
@@ -58,13 +65,35 @@ def contrast(
     return torch.stack(losses).mean()
 
 
-def _contrast(
+def _nested(
     image: Tensor,
     text: Tensor,
     temperature: Temperature,
     groups: Groups | None,
     spec: LossSpec,
 ) -> Tensor:
+    """Average the loss over the whole embeddings and their first `spec.matryoshka` values."""
+    losses = []
+    for width in (*spec.matryoshka, image.shape[1]):
+        loss = loss_of_kind(
+            normalize(image[:, :width], dim=-1),
+            text=normalize(text[:, :width], dim=-1),
+            temperature=temperature,
+            groups=groups,
+            spec=spec,
+        )
+        losses.append(loss)
+    return torch.stack(losses).mean()
+
+
+def loss_of_kind(
+    image: Tensor,
+    text: Tensor,
+    temperature: Temperature,
+    groups: Groups | None,
+    spec: LossSpec,
+) -> Tensor:
+    """Compute the loss that `spec.kind` names. See `contrast`."""
     scale = temperature.scale()
     tiled = len(image) * len(text) > TILED_FROM
     match spec.kind:
@@ -79,6 +108,8 @@ def _contrast(
             bias = temperature.bias if temperature.bias is not None else spec.bias
             compute = tiled_sigmoid_loss if tiled else sigmoid_loss
             return compute(image, text=text, scale=scale, bias=bias, groups=groups)
+        case "custom":
+            return registered_loss(spec.custom)(image, text, scale, groups)
 
 
 def structure_term(before: Tensor, after: Tensor, spec: LossSpec) -> Tensor:
@@ -114,4 +145,5 @@ def build_temperature(loss: LossSpec) -> Temperature:
         high=loss.max_temperature,
         learnable=loss.learnable,
         bias=bias,
+        parameter=loss.temperature_parameter,
     )

@@ -3,7 +3,8 @@
 For small heads the host is slower than the device. A record fixes every shape, every address and
 every number of the host. What changes from step to step, batches and learning rates, is in tensors
 that keep their addresses and are written before each replay. Two things cannot be recorded: random
-numbers, whose states the host sets, and losses that depend on the content of a batch.
+numbers of which the host sets the state in each step, and losses that depend on the content of a
+batch. torch's own generator of a device is moved on by each replay.
 
 Not measured on a GPU: the tests replay a record of the same operations on the CPU, under the same
 rules.
@@ -68,27 +69,29 @@ class StepGraph:
         record: Recorder,
     ) -> None:
         self.inputs = [tensor.clone() for tensor in inputs]
-        self._replay = record(lambda: run(self.inputs))
+        self._replay = try_to_record(lambda: run(self.inputs), record)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Return whether the device has recorded the step."""
+        return self._replay is not None
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return what `run` returns for these inputs."""
         for recorded, current in zip(self.inputs, inputs, strict=True):
             recorded.copy_(current)
+        assert self._replay is not None
         # A copy: the next replay writes its result to the same memory.
         return self._replay().clone()
 
 
-def try_to_record(
-    run: Callable[[Sequence[Tensor]], Tensor],
-    inputs: Sequence[Tensor],
-    record: Recorder,
-) -> StepGraph | None:
-    """Record a step; return None, with a warning, where the device refuses.
+def try_to_record(run: Callable[[], Tensor], record: Recorder) -> Callable[[], Tensor] | None:
+    """Record a step; return what replays it, or None, with a warning, where the device refuses.
 
     A step that could not be recorded has had no effect.
     """
     try:
-        return StepGraph(run, inputs, record)
+        return record(run)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         warnings.warn(

@@ -1,0 +1,190 @@
+"""Read the features of a view."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apecache.fingerprint import Modality
+from apecache.store.array import FeatureArray, StoredShard
+from apecache.store.views import View
+
+MISSING_ROWS = 4096
+"""Rows without features that are given at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderedViewArray(FeatureArray):
+    """Read the features of a view whose rows are those of its blocks in order."""
+
+    view: View
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        rows = super().quarantined()
+        # The keys that were recorded are those of the table that the block was made for.
+        keys = [view_key(self.view, self.record.modality, row["row"]) for row in rows]
+        return [{**row, "key": key} for row, key in zip(rows, keys, strict=True)]
+
+
+def view_key(view: View, modality: Modality, row: int) -> str:
+    """Return the key of an image, or that of a caption's image."""
+    table = view.table
+    return str(table.keys[row if modality == "image" else table.image_rows[row]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewArray(FeatureArray):
+    """Read one encoder's features by the rows of a view.
+
+    `commits`, `load_shard` and `rows_ok` are those of the view's first block.
+    """
+
+    view: View
+    index: NDArray[np.int64]
+    """Row in the blocks of each row of the view; -1 where it has none."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.index)
+
+    @cached_property
+    def stored(self) -> FeatureArray:
+        """Return the rows of the blocks, in order."""
+        return FeatureArray(
+            files=self.files,
+            record=self.record,
+            appended=self.appended,
+            rows_to_come=self.rows_to_come,
+        )
+
+    @property
+    def share_done(self) -> float:
+        return self.stored.share_done
+
+    @property
+    def n_quarantined(self) -> int:
+        n_missing = int((self.index < 0).sum())
+        if not self.stored.n_quarantined:
+            return n_missing
+        bad_rows = [row["row"] for row in self.stored.quarantined()]
+        return n_missing + int(np.isin(self.index, bad_rows).sum())
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        by_row = {row["row"]: row for row in self.stored.quarantined()}
+        rows: list[dict[str, Any]] = []
+        for row in np.flatnonzero((self.index < 0) | np.isin(self.index, list(by_row))).tolist():
+            # A content may have several keys: the view's own is shown.
+            described = by_row.get(int(self.index[row])) or self._problem(row)
+            key = view_key(self.view, self.record.modality, row)
+            rows.append({**described, "row": row, "key": key})
+        return rows
+
+    def _problem(self, row: int) -> dict[str, Any]:
+        """Return why a row has no place in the blocks."""
+        problem = str(self.view.problems[row]) if self.record.modality == "image" else ""
+        reason, _, detail = problem.partition(": ")
+        return {"reason": reason or "missing", "detail": detail}
+
+    def content(self) -> list[str]:
+        # One more for rows of the index -1.
+        hashes = [*self.stored.content(), ""]
+        return [hashes[row] for row in self.index.tolist()]
+
+    def load(self, out: NDArray[Any] | None = None, threads: int | None = None) -> NDArray[Any]:
+        # A wrong size shows here, before the buffer is allocated.
+        shards = self.stored.stored_shards()
+        shape = (self.rows, *self.row_shape)
+        target = np.empty(shape, self.dtype) if out is None else out
+        if target.shape != shape or target.dtype != self.dtype or not target.flags.carray:
+            raise ValueError(f"out: expected contiguous, writable {shape} of {self.dtype}")
+        target[self._without] = np.nan
+
+        def read(shard: StoredShard) -> None:
+            rows, offsets = self._taken(shard)
+            if not len(rows):
+                return
+            first = int(rows[0])
+            # An unchanged part of the table is read straight to its place.
+            if _is_range(offsets, 0, shard.n_rows) and _is_range(rows, first, len(offsets)):
+                self.stored._read_into(shard, target[first : first + len(rows)])
+            else:
+                target[rows] = self.stored._read_wide(shard)[offsets]
+
+        with ThreadPoolExecutor(threads or self.files.readers) as pool:
+            # The list asks for every result, which raises what a read raised.
+            list(pool.map(read, shards))
+        return target
+
+    def load_shards(
+        self,
+        threads: int | None = None,
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+        used = [shard for shard in self.stored.stored_shards() if len(self._taken(shard)[0])]
+        for shard, features in self.stored._read_ahead(used, threads):
+            rows, offsets = self._taken(shard)
+            yield rows, features if _is_range(offsets, 0, len(features)) else features[offsets]
+        for begin in range(0, len(self._without), MISSING_ROWS):
+            rows = self._without[begin : begin + MISSING_ROWS]
+            yield rows, np.full((len(rows), *self.row_shape), np.nan, self.dtype)
+
+    def load_ok(self) -> NDArray[np.bool_]:
+        ok = np.append(self.stored.load_ok(), False)
+        taken: NDArray[np.bool_] = ok[self.index]
+        return taken
+
+    def load_lengths(self) -> NDArray[np.uint16] | None:
+        lengths = self.stored.load_lengths()
+        if lengths is None:
+            return None
+        taken: NDArray[np.uint16] = np.append(lengths, np.uint16(0))[self.index]
+        return taken
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        """Return the view's rows in the order of the blocks."""
+        return np.argsort(self.index, kind="stable")
+
+    @cached_property
+    def _sorted(self) -> NDArray[np.int64]:
+        return self.index[self._order]
+
+    @cached_property
+    def _without(self) -> NDArray[np.int64]:
+        """Return the rows of the view that have no place in the blocks."""
+        return np.flatnonzero(self.index < 0)
+
+    def _taken(self, shard: StoredShard) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the view's rows that a shard has, and where in the shard each of them lies."""
+        bounds = (shard.first, shard.first + shard.n_rows)
+        begin, end = np.searchsorted(self._sorted, bounds).tolist()
+        return self._order[begin:end], self._sorted[begin:end] - shard.first
+
+
+def gathered_rows(array: FeatureArray, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """Read some rows of an array, each at least 0, in this order, [n, *row_shape].
+
+    Raises:
+        IncompleteError, DamagedError: As `FeatureArray.load` does.
+    """
+    features = np.empty((len(rows), *array.row_shape), array.dtype)
+    if isinstance(array, ViewArray):
+        # Counted through the blocks, since a view may have its rows in any order.
+        rows = array.index[rows]
+        array = array.stored
+    order = np.argsort(rows, kind="stable")
+    sorted_rows = rows[order]
+    for shard in array.stored_shards():
+        bounds = (shard.first, shard.first + shard.n_rows)
+        begin, end = np.searchsorted(sorted_rows, bounds).tolist()
+        if begin < end:
+            offsets = sorted_rows[begin:end] - shard.first
+            features[order[begin:end]] = array._read_wide(shard)[offsets]
+    return features
+
+
+def _is_range(rows: NDArray[np.int64], first: int, count: int) -> bool:
+    return len(rows) == count and bool((rows == np.arange(first, first + count)).all())

@@ -1,0 +1,274 @@
+"""Make a new view of a store from its newest one: with other splits, or without some rows."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apecache.data.spec import OpenSpec
+from apecache.data.splits import require_fractions, split_of
+from apecache.errors import DataError, OptionError
+from apecache.fingerprint import Modality, content_hash, digest_strings
+from apecache.storage.files import Files
+from apecache.store.layout import SEGMENTS
+from apecache.store.reader import FeatureStore, segment_names
+from apecache.store.table import PairTable, with_columns
+from apecache.store.views import (
+    BlockReference,
+    View,
+    ViewRecord,
+    commit_view,
+    draft_view,
+    view_ids,
+)
+
+GROUPINGS = ("content", "key", "label")
+"""What images of one split have in common with no image of another."""
+
+
+def first_view(files: Files) -> View:
+    """Return the view of a store without views: the table of its blocks."""
+    store = FeatureStore.at(files)
+    pairs = store.pairs
+    blocks: list[BlockReference] = []
+    for name, block in zip(["", *segment_names(files)], store.blocks, strict=False):
+        source = block.block_source
+        blocks.append(
+            BlockReference(
+                folder=f"{SEGMENTS}/{name}" if name else "",
+                digest=source["digest"],
+                n_images=source["n_images"],
+                n_texts=source["n_texts"],
+            )
+        )
+    rows: dict[Modality, NDArray[np.int64]] = {
+        "image": np.arange(len(pairs.keys)),
+        "text": np.arange(len(pairs.captions)),
+    }
+    record = ViewRecord(
+        view="",
+        name="",
+        parent="",
+        digest=store.digest,
+        table=store.digest,
+        n_images=len(pairs.keys),
+        n_texts=len(pairs.captions),
+        origin=store.source["origin"],
+        root=store.source["root"],
+        options=dict(store.source.get("options", {})),
+        blocks=tuple(blocks),
+        objects={},
+    )
+    return draft_view(pairs, rows, [""] * len(pairs.keys), record)
+
+
+def newest_view(files: Files) -> View:
+    """Return the newest view; the table of the blocks becomes a view first, if there is none."""
+    if not view_ids(files):
+        commit_view(files, first_view(files), number=0)
+    view = FeatureStore.at(files).view
+    assert view is not None
+    return view
+
+
+def split_rule(fractions: Sequence[tuple[str, float]], by: str, seed: int) -> str:
+    """Return how splits are chosen, as a view records it."""
+    shares = ",".join(f"{name}={share:g}" for name, share in fractions)
+    return f"{by};{seed};{shares}"
+
+
+def parse_rule(rule: str) -> tuple[tuple[tuple[str, float], ...], str, int]:
+    """Parse what `split_rule` returns."""
+    by, seed, shares = rule.split(";", 2)
+    fractions: list[tuple[str, float]] = []
+    for part in shares.split(","):
+        name, _, share = part.rpartition("=")
+        fractions.append((name, float(share)))
+    return tuple(fractions), by, int(seed)
+
+
+def split_store(
+    files: Files,
+    fractions: Sequence[tuple[str, float]],
+    by: str = "content",
+    seed: int = 0,
+) -> ViewRecord:
+    """Divide the images of the newest view into splits, as a new view.
+
+    A hash of each group and the seed chooses its split, so images that are added later move no
+    other image. Images of equal content are always in one split.
+
+    Args:
+        files: The store.
+        fractions: (split, share) pairs whose shares sum to 1.
+        by: What makes a group: `content` (the bytes of an image), `key` or `label`.
+        seed: Another seed gives other splits.
+
+    Raises:
+        OptionError: Fractions or grouping are wrong.
+        DataError: Images are grouped by label, and have none.
+    """
+    require_fractions(tuple(fractions))
+    if by not in GROUPINGS:
+        raise OptionError(f"--by {by}: expected one of {', '.join(GROUPINGS)}")
+    view = newest_view(files)
+    groups = image_groups(FeatureStore.at(files), by)
+    splits = splits_of_groups(groups, fractions, seed)
+    table = with_columns(view.table, splits=np.array(splits, dtype=object))
+    return edited_view(files, view, table, splits=split_rule(fractions, by, seed))
+
+
+def splits_of_groups(
+    groups: Iterable[str],
+    fractions: Sequence[tuple[str, float]],
+    seed: int,
+) -> list[str]:
+    """Return the split of each group."""
+    spec = OpenSpec(split_fraction=tuple(fractions), split_seed=seed)
+    return [split_of(group, spec) for group in groups]
+
+
+def image_groups(store: FeatureStore, by: str) -> list[str]:
+    """Return the name of each image's group; groups that share a content are one.
+
+    Raises:
+        DataError: Images are grouped by label, and have none.
+    """
+    pairs = store.pairs
+    contents = image_contents(store)
+    match by:
+        case "key":
+            names = [str(key) for key in pairs.keys]
+        case "label":
+            names = [str(label) for label in pairs.labels]
+            if not all(names):
+                raise DataError(f"{store.path}: images without a label; give --by content")
+        case _:
+            names = [content or str(key) for key, content in zip(pairs.keys, contents, strict=True)]
+    return joined_groups(names, contents)
+
+
+def image_contents(store: FeatureStore) -> list[str]:
+    """Return the hash of each image; empty where no features of images say it."""
+    arrays = store.arrays("image")
+    return arrays[0].content() if arrays else [""] * len(store.pairs.keys)
+
+
+def joined_groups(names: Sequence[str], contents: Sequence[str]) -> list[str]:
+    """Join groups that share a content; each is called by the least of its names."""
+    parents: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while parents.setdefault(name, name) != name:
+            parents[name] = parents[parents[name]]
+            name = parents[name]
+        return name
+
+    first_name: dict[str, str] = {}
+    for name, content in zip(names, contents, strict=True):
+        if content:
+            pair = sorted((root(name), root(first_name.setdefault(content, name))))
+            parents[pair[1]] = pair[0]
+    return [root(name) for name in names]
+
+
+def delete_rows(files: Files, keep: Callable[[PairTable], NDArray[np.bool_]]) -> ViewRecord:
+    """Leave images, with their captions, out of the newest view, as a new view.
+
+    Args:
+        files: The store.
+        keep: Returns bool [n_images], False for images to leave out.
+
+    Raises:
+        DataError: No image is left out, or all are.
+    """
+    view = newest_view(files)
+    table = view.table
+    kept = keep(table)
+    n_deleted = int((~kept).sum())
+    if n_deleted in (0, len(kept)):
+        raise DataError(
+            f"{files.place}: {n_deleted} of {len(kept)} images would be deleted; expected at least "
+            "one, and not all"
+        )
+    texts = kept[table.image_rows]
+    new_row = np.cumsum(kept) - 1
+    new_table = PairTable(
+        keys=table.keys[kept],
+        splits=table.splits[kept],
+        labels=table.labels[kept],
+        captions=table.captions[texts],
+        languages=table.languages[texts],
+        image_rows=new_row[table.image_rows[texts]],
+        digest="",
+    )
+    rows: dict[Modality, NDArray[np.int64]] = {
+        "image": view.content_rows("image")[kept],
+        "text": view.content_rows("text")[texts],
+    }
+    return edited_view(files, view, new_table, rows=rows, problems=view.problems[kept].tolist())
+
+
+def edited_view(
+    files: Files,
+    view: View,
+    table: PairTable,
+    rows: dict[Modality, NDArray[np.int64]] | None = None,
+    problems: Sequence[str] | None = None,
+    splits: str | None = None,
+) -> ViewRecord:
+    """Commit a view with another table.
+
+    Args:
+        files: The store.
+        view: The view that it is made from.
+        table: The new table; its digest is computed here.
+        rows: Content rows of the new table; None for those of the view.
+        problems: Why its images have no features; None for those of the view.
+        splits: How its splits were chosen; None as in the view.
+    """
+    content_rows = rows or {
+        "image": view.content_rows("image"),
+        "text": view.content_rows("text"),
+    }
+    table_hash = table_digest(table)
+    row_hashes = [content_hash(values.tobytes()) for values in content_rows.values()]
+    block_digests = [block.digest for block in view.record.blocks]
+    digest = digest_strings([table_hash, *block_digests, *row_hashes])
+    record = replace(
+        view.record,
+        view="",
+        name="",
+        parent=view.record.view,
+        digest=digest,
+        table=table_hash,
+        n_images=len(table.keys),
+        n_texts=len(table.captions),
+        in_order=(),
+        objects={},
+        splits=view.record.splits if splits is None else splits,
+    )
+    described = view.problems.tolist() if problems is None else problems
+    draft = draft_view(with_columns(table, digest=digest), content_rows, described, record)
+    return commit_view(files, draft)
+
+
+def table_digest(table: PairTable) -> str:
+    """Return the digest of a table, as that of the source it would come from."""
+    captions: list[list[str]] = [[] for _ in table.keys]
+    languages: list[list[str]] = [[] for _ in table.keys]
+    for caption, language, row in zip(
+        table.captions,
+        table.languages,
+        table.image_rows.tolist(),
+        strict=True,
+    ):
+        captions[row].append(str(caption))
+        languages[row].append(str(language))
+    strings: list[str] = []
+    for row, key in enumerate(table.keys):
+        counts = str(len(captions[row]))
+        strings += [str(key), str(table.splits[row]), str(table.labels[row]), counts]
+        strings += [*captions[row], *languages[row]]
+    return digest_strings(strings)

@@ -1,0 +1,244 @@
+"""Commands on views: `apecache views`, `split`, `compact`, `add` and `delete`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from apecache.errors import counted
+
+from .option_groups import Device, Json, Root
+from .terminal import choice, ending, progress, show_json, show_table
+
+if TYPE_CHECKING:
+    from apecache.store.views import ViewRecord
+
+Store = Annotated[str, typer.Argument(help="A feature store: a folder, s3://…, gs://… or az://….")]
+
+
+def views(
+    action: Annotated[str, typer.Argument(help="list or remove.")],
+    store: Store,
+    view: Annotated[
+        list[str] | None,
+        typer.Argument(help="With remove: ids or numbers of views."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List or remove the views of a store.
+
+    A view is a table that was extracted: each change of the table makes a new one. The newest is
+    used unless --view names another. Features stay; compact frees those that no view needs.
+
+    Example: apecache views list store
+    """
+    with ending():
+        choice("ACTION", action, ("list", "remove"))
+        from apecache.errors import OptionError, StoreError
+        from apecache.storage.open import open_files
+        from apecache.store.reader import FeatureStore
+        from apecache.store.views import find_view, read_view_record, remove_view, view_ids
+
+        FeatureStore.open(store)
+        files = open_files(store)
+        if action == "list":
+            if view:
+                raise OptionError("views list takes no VIEW; leave it out")
+            records = [read_view_record(files, view_id) for view_id in view_ids(files)]
+            show_views(store, records, json)
+            return
+        if not view:
+            raise OptionError("views remove needs a VIEW; list them with: apecache views list")
+        ids = [find_view(files, name) for name in view]
+        if view_ids(files)[-1] in ids:
+            raise StoreError(
+                f"{view_ids(files)[-1]} is the newest view, which is in use; extract another table "
+                "first"
+            )
+        for view_id in ids:
+            remove_view(files, view_id)
+        if json:
+            show_json({"store": str(store), "removed": ids})
+        else:
+            typer.echo(f"removed {', '.join(ids)}; free their features with: apecache compact")
+
+
+def show_views(store: str, records: "list[ViewRecord]", json: bool) -> None:
+    """Show views, the newest last."""
+    if json:
+        show_json({"store": store, "views": [describe_view(record) for record in records]})
+        return
+    if not records:
+        typer.echo(f"{store} has one table; a change of it makes views")
+        return
+    rows = [
+        (record.view, record.n_images, record.n_texts, len(record.blocks), record.origin)
+        for record in records
+    ]
+    show_table("views", ("view", "images", "captions", "blocks", "source"), rows)
+
+
+def describe_view(record: "ViewRecord") -> dict[str, object]:
+    """Return the JSON form of a view."""
+    return {
+        "view": record.view,
+        "parent": record.parent,
+        "digest": record.digest,
+        "n_images": record.n_images,
+        "n_texts": record.n_texts,
+        "blocks": [block.folder for block in record.blocks],
+        "origin": record.origin,
+        "root": record.root,
+        "splits": record.splits,
+    }
+
+
+def split(
+    store: Store,
+    fraction: Annotated[
+        str,
+        typer.Option(metavar="NAME=SHARE,…", help="Shares that add to 1: train=.9,val=.1."),
+    ],
+    by: Annotated[
+        str,
+        typer.Option(metavar="WHAT", help="Keep together: content (equal files), key or label."),
+    ] = "content",
+    seed: Annotated[int, typer.Option(help="Another seed gives other splits.")] = 0,
+    json: Json = False,
+) -> None:
+    """Divide the images of a store into splits.
+
+    Equal files are always in one split. Nothing is encoded. Images that are added later are split
+    by the same rule, and no other image moves.
+
+    Example: apecache split store --fraction train=.8,val=.1,test=.1
+    """
+    with ending():
+        choice("--by", by, ("content", "key", "label"))
+        from apecache.data.splits import parse_fractions
+        from apecache.storage.open import open_files
+        from apecache.store.reader import FeatureStore
+        from apecache.store.view_edits import split_store
+
+        FeatureStore.open(store)
+        files = open_files(store)
+        record = split_store(files, parse_fractions(fraction), by=by, seed=seed)
+        counts = FeatureStore.at(files).pairs.split_counts()
+        if json:
+            show_json({"store": str(store), "view": record.view, "splits": counts})
+        else:
+            shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+            typer.echo(f"{store}: view {record.view}: {shown}")
+
+
+def compact(store: Store, json: Json = False) -> None:
+    """Free the features that no view of a store needs.
+
+    Remove views first. Interrupt at any time; run the same command again to finish. Nobody else may
+    write to the store meanwhile.
+
+    Example: apecache compact store
+    """
+    with ending():
+        from importlib.metadata import version
+
+        from apecache.storage.open import open_files
+        from apecache.store.compact import compact_store
+        from apecache.store.reader import FeatureStore
+
+        FeatureStore.open(store)
+        report = compact_store(open_files(store), version("apecache"))
+        if json:
+            show_json({"store": str(store), **vars(report)})
+        else:
+            typer.echo(
+                f"{store}: {counted(report.n_rows, 'row')} freed, {report.n_bytes / 1e6:,.1f} MB"
+            )
+
+
+def add(
+    store: Store,
+    images: Annotated[list[Path], typer.Argument(help="Image files below the root of the store.")],
+    caption: Annotated[
+        list[str] | None,
+        typer.Option("--caption", metavar="TEXT", help="Caption of these images. Repeatable."),
+    ] = None,
+    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="Their split.")] = "",
+    label: Annotated[str, typer.Option(metavar="LABEL", help="Their label.")] = "",
+    root: Root = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Add images to a store: encode them with all encoders of the store.
+
+    The newest view gets these rows at its end. Your own table does not change.
+
+    Example: apecache add store images/new.jpg --caption "a dog in the snow"
+    """
+    with ending():
+        from apecache.extraction.additions import add_images
+        from apecache.store.reader import FeatureStore
+
+        with progress() as update:
+            reports = add_images(
+                store,
+                images,
+                captions=caption or (),
+                split=split,
+                label=label,
+                root=root,
+                device=device,
+                progress=update,
+            )
+        view = FeatureStore.open(store).view
+        arrays = [array for report in reports for array in report.arrays]
+        if json:
+            view_id = view.record.view if view else None
+            encoded = {f"{array.modality}/{array.name}": array.n_encoded for array in arrays}
+            show_json({"store": str(store), "view": view_id, "encoded": encoded})
+            return
+        for array in arrays:
+            rows = counted(array.n_encoded, "row")
+            typer.echo(f"{array.modality}/{array.name}: {rows} encoded")
+
+
+def delete(
+    store: Store,
+    key: Annotated[
+        list[str] | None,
+        typer.Option("--key", metavar="KEY", help="Key of an image. Repeatable."),
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--where",
+            metavar="COLUMN=VALUE",
+            help="Images with this key, split or label. Repeatable.",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Delete images, with their captions, from the newest view of a store.
+
+    Their features stay until no view needs them and apecache compact frees them. Your own table
+    does not change: extracting it again brings the rows back.
+
+    Example: apecache delete store --where label=cat
+    """
+    with ending():
+        from apecache.errors import OptionError
+        from apecache.extraction.additions import delete_images
+
+        conditions: list[tuple[str, str]] = []
+        for condition in where or ():
+            column, separator, value = condition.partition("=")
+            if not separator:
+                raise OptionError(f"--where {condition}: expected COLUMN=VALUE")
+            conditions.append((column, value))
+        if not key and not conditions:
+            raise OptionError("nothing to delete: give --key or --where")
+        record = delete_images(store, key or (), conditions)
+        if json:
+            show_json({"store": str(store), **describe_view(record)})
+        else:
+            typer.echo(f"{store}: view {record.view} has {counted(record.n_images, 'image')}")

@@ -1,0 +1,177 @@
+"""clip_benchmark gives the figures of ours on a run, and a suite keeps, resumes and lists them."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from apecache_cli.app import app
+from PIL import Image
+from tiny import draw_shape
+from typer.testing import CliRunner
+
+import apecache
+from apecache.errors import DataError, OptionError
+from apecache.export import benchmark_suite
+from apecache.export.benchmark_suite import DATACOMP, find_data_sets, read_suites, run_suite
+from apecache.export.open_clip_triple import open_clip_triple
+from apecache.metrics.retrieval import retrieval_report
+from benchmarks.small_encoders import build_run
+
+pytest.importorskip("clip_benchmark")
+pytest.importorskip("webdataset")
+
+COLORS = ("red", "blue")
+SHAPES = ("circle", "square", "triangle")
+CLASSES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+TEMPLATES = ["a photo of a {c}", "a {c}"]
+
+
+def add_file(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def write_wds(folder: Path, retrieval: bool) -> Path:
+    """A data set of 12 drawings in clip_benchmark's layout."""
+    (folder / "test").mkdir(parents=True)
+    (folder / "test" / "nshards.txt").write_text("1")
+    with tarfile.open(folder / "test" / "0.tar", "w") as archive:
+        for number, (label, image, captions) in enumerate(samples()):
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            add_file(archive, f"{number:04}.png", buffer.getvalue())
+            if retrieval:
+                add_file(archive, f"{number:04}.txt", "\n".join(captions).encode())
+            else:
+                add_file(archive, f"{number:04}.cls", str(label).encode())
+    if retrieval:
+        (folder / "dataset_type.txt").write_text("retrieval")
+    else:
+        (folder / "classnames.txt").write_text("\n".join(CLASSES))
+        (folder / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES))
+    return folder
+
+
+def samples() -> list[tuple[int, Image.Image, list[str]]]:
+    made = []
+    for number in range(12):
+        label = number % len(CLASSES)
+        color, shape = CLASSES[label].split()
+        image = draw_shape(color, shape, 40 + number)
+        made.append((label, image, [f"drawing {number} of a {color} {shape}", f"number {number}"]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_run(tmp_path_factory.mktemp("made"), "timm + hf BERT", "gated")
+
+
+@pytest.fixture
+def data_root(tmp_path: Path) -> Path:
+    root = tmp_path / "data"
+    write_wds(root / "wds_cifar10", retrieval=False)
+    write_wds(root / "retrieval" / "flickr30k", retrieval=True)
+    write_wds(root / "drawings", retrieval=False)
+    return root
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_figures_are_those_of_ours_to_the_last_digit(run: Path, data_root: Path) -> None:
+    report = run_suite(run, "clip-benchmark", data_root)
+    rows = {row.data_set: row for row in report.rows}
+    assert set(rows) == {"cifar10", "retrieval/flickr30k", "drawings"}
+    model = apecache.load(run, device="cpu")
+    image = torch.from_numpy(model.encode_image([image for _, image, _ in samples()]))
+    texts = [text for _, _, captions in samples() for text in captions]
+    owner = torch.arange(12).repeat_interleave(2)
+    ours = retrieval_report(image, torch.from_numpy(model.encode_text(texts)), owner)
+    for k in (1, 5):
+        metrics = rows["retrieval/flickr30k"].metrics
+        assert 100 * metrics[f"image_retrieval_recall@{k}"] == pytest.approx(ours.text_to_image[k])
+        assert 100 * metrics[f"text_retrieval_recall@{k}"] == pytest.approx(ours.image_to_text[k])
+    weights = []
+    for name in CLASSES:
+        prompts = [template.replace("{c}", name) for template in TEMPLATES]
+        embedded = torch.from_numpy(model.encode_text(prompts)).mean(0)
+        weights.append(embedded / embedded.norm())
+    predicted = (image @ torch.stack(weights).T).argmax(1)
+    labels = torch.tensor([label for label, _, _ in samples()])
+    accuracy = float((predicted == labels).double().mean())
+    assert rows["cifar10"].metrics["acc1"] == pytest.approx(accuracy)
+    low, high = rows["cifar10"].intervals["acc1"]
+    assert low <= accuracy <= high
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_datacomp_lists_what_is_missing_and_averages_the_rest(
+    run: Path,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert len(DATACOMP) == 38
+    measured: list[str] = []
+    report = run_suite(run, "datacomp-38", data_root, progress=measured.append)
+    assert measured == ["cifar10", "retrieval/flickr30k"]
+    assert len(report.missing) == 36
+    assert "CIFAR-10" not in report.missing
+    rows = {row.data_set: row for row in report.rows}
+    scores = (
+        rows["cifar10"].metrics["acc1"],
+        rows["retrieval/flickr30k"].metrics["mean_recall@1"],
+    )
+    assert report.main_score == pytest.approx(sum(scores) / 2)
+    # Again: everything is there already, so nothing is opened.
+    monkeypatch.setattr(benchmark_suite, "open_clip_triple", None)
+    assert run_suite(run, "datacomp-38", data_root) == report
+    assert report in read_suites(run)
+    kept = json.loads((run / "suites" / "datacomp-38.json").read_text())
+    assert set(kept["results"]) == {"cifar10", "retrieval/flickr30k"}
+
+
+def test_names_come_from_folders_and_faults_are_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="has no data set of datacomp-38"):
+        run_suite(run, "datacomp-38", tmp_path / "empty")
+    with pytest.raises(OptionError, match="expected one of clip-benchmark, datacomp-38"):
+        run_suite(run, "clip-bench", tmp_path)
+    write_wds(tmp_path / "vtab" / "dtd", retrieval=False)
+    assert list(find_data_sets(tmp_path)) == ["vtab/dtd"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_and_the_report_show_a_suite(
+    tiny_run: Path,
+    tmp_path: Path,
+    data_root: Path,
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    command = ["evaluate", str(run), "--suite", "datacomp-38", "--device", "cpu"]
+    assert CliRunner().invoke(app, command).exit_code == 2
+    result = CliRunner().invoke(app, [*command, "--data-root", str(data_root)])
+    assert result.exit_code == 0, result.output
+    assert "mean of the 2 of 38 tasks that were measured" in result.output
+    assert "missing: Caltech-101" in result.output
+    page = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "page.html")])
+    assert page.exit_code == 0, page.output
+    text = (tmp_path / "page.html").read_text()
+    assert "Suite datacomp-38" in text
+    assert "CIFAR-10" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_clip_benchmark_runs_unchanged_on_the_triple(run: Path, data_root: Path) -> None:
+    from clip_benchmark.datasets.builder import build_wds_dataset
+    from clip_benchmark.metrics import zeroshot_retrieval
+
+    model, preprocess, tokenizer = open_clip_triple(run)
+    folder = str(data_root / "retrieval" / "flickr30k")
+    data_set = build_wds_dataset("x", preprocess, data_dir=folder)
+    loader = torch.utils.data.DataLoader(data_set.batched(5), batch_size=None)
+    found = zeroshot_retrieval.evaluate(model, loader, tokenizer, "cpu", amp=False)
+    assert set(found) == {"image_retrieval_recall@5", "text_retrieval_recall@5"}

@@ -1,0 +1,246 @@
+"""Splits that are assigned later, rows that are deleted, and what compaction frees."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tree
+
+from apecache.errors import DataError, OptionError
+from apecache.storage.local_files import LocalFiles
+from apecache.store.compact import compact_store
+from apecache.store.reader import FeatureStore
+from apecache.store.verify import verify_store
+from apecache.store.view_edits import (
+    delete_rows,
+    joined_groups,
+    parse_rule,
+    split_rule,
+    split_store,
+)
+from apecache.store.views import remove_view, view_ids
+from benchmarks.reliability.injection import tower
+from benchmarks.reliability.injection.syscalls import intercepted, unsynced
+from benchmarks.reliability.injection.tower import EDITED, MODALITIES, SMALL, TowerSpec
+
+pytestmark = pytest.mark.usefixtures("no_fsync")
+HALVES = (("train", 0.5), ("val", 0.5))
+
+
+def made(folder: Path, spec: TowerSpec) -> LocalFiles:
+    with intercepted(folder, unsynced()):
+        tower.run(folder / "store", spec)
+    return LocalFiles(folder / "store")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> LocalFiles:
+    return made(tmp_path, SMALL)
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> LocalFiles:
+    return made(tmp_path, EDITED)
+
+
+# Splits
+
+
+def test_splits_are_a_new_view_of_the_same_rows(small: LocalFiles) -> None:
+    before = FeatureStore.at(small)
+    features = {m: before.array(m).load() for m in MODALITIES}
+    record = split_store(small, HALVES)
+    after = FeatureStore.at(small)
+    assert set(after.pairs.splits) == {"train", "val"}
+    assert after.digest != before.digest
+    assert after.pairs.keys.tolist() == before.pairs.keys.tolist()
+    for modality, values in features.items():
+        assert np.array_equal(after.array(modality).load(), values, equal_nan=True)
+    # The first table is a view too, with the digest that earlier runs have recorded.
+    assert FeatureStore.at(small, "0000").digest == before.digest
+    assert (record.parent, record.splits) == (view_ids(small)[0], "content;0;train=0.5,val=0.5")
+    assert verify_store(small.place).problems == ()
+
+
+def test_the_same_rule_gives_the_same_splits_and_another_seed_others(small: LocalFiles) -> None:
+    splits = []
+    for seed in (0, 0, 1):
+        split_store(small, HALVES, by="key", seed=seed)
+        splits.append(FeatureStore.at(small).pairs.splits.tolist())
+    assert splits[0] == splits[1] != splits[2]
+    assert len(view_ids(small)) == 3  # the same splits again are no new view
+
+
+def test_groups_that_share_a_content_are_one() -> None:
+    assert joined_groups(["a", "b", "c", "d"], ["1", "2", "1", ""]) == ["a", "b", "a", "d"]
+    assert joined_groups(["c", "b", "b", "a"], ["1", "1", "2", "2"]) == ["a"] * 4
+
+
+def test_labels_stay_together(small: LocalFiles) -> None:
+    split_store(small, HALVES, by="label")
+    pairs = FeatureStore.at(small).pairs
+    assert len({*zip(pairs.labels, pairs.splits, strict=True)}) == len(set(pairs.labels))
+
+
+def test_a_rule_is_read_back() -> None:
+    assert parse_rule(split_rule(HALVES, "key", 3)) == (HALVES, "key", 3)
+
+
+@pytest.mark.parametrize(
+    ("fractions", "by"),
+    [((("train", 0.5),), "content"), (HALVES, "caption")],
+)
+def test_wrong_options_are_refused(
+    small: LocalFiles,
+    fractions: tuple[tuple[str, float], ...],
+    by: str,
+) -> None:
+    before = tree(Path(small.place))
+    with pytest.raises(OptionError):
+        split_store(small, fractions, by=by)
+    assert tree(Path(small.place)) == before
+
+
+# Deleting
+
+
+def test_deleted_rows_are_left_out_of_the_new_view_alone(small: LocalFiles) -> None:
+    before = FeatureStore.at(small)
+    keep = np.arange(SMALL.images) % 3 > 0
+    delete_rows(small, lambda table: keep)
+    after = FeatureStore.at(small)
+    assert after.pairs.keys.tolist() == before.pairs.keys[keep].tolist()
+    texts = keep[before.pairs.image_rows]
+    assert after.pairs.captions.tolist() == before.pairs.captions[texts].tolist()
+    owners = after.pairs.keys[after.pairs.image_rows]
+    assert owners.tolist() == before.pairs.keys[before.pairs.image_rows][texts].tolist()
+    wanted = {"image": keep, "text": texts}
+    for modality in MODALITIES:
+        loaded = after.array(modality).load()
+        old = before.array(modality).load()[wanted[modality]]
+        assert np.array_equal(loaded, old, equal_nan=True)
+    for all_or_none in (
+        np.ones(len(after.pairs.keys), bool),
+        np.zeros(len(after.pairs.keys), bool),
+    ):
+        with pytest.raises(DataError, match="images would be deleted"):
+            delete_rows(small, lambda table, mask=all_or_none: mask)  # type: ignore[misc]
+
+
+# Compaction
+
+
+def values(files: LocalFiles) -> dict[str, bytes]:
+    """What all views give, by digest."""
+    found = {}
+    for view_id in view_ids(files):
+        opened = FeatureStore.at(files, view_id)
+        for modality in MODALITIES:
+            array = opened.array(modality)
+            rows = [{**row, "row": row["row"]} for row in array.quarantined()]
+            described = (array.load().tobytes(), array.content(), rows, opened.pairs.keys.tolist())
+            found[f"{opened.digest} {modality}"] = repr(described).encode()
+    return found
+
+
+def test_compaction_frees_what_no_view_needs_and_changes_no_view(edited: LocalFiles) -> None:
+    first, _ = view_ids(edited)
+    remove_view(edited, first)
+    wanted = values(edited)
+    digest = FeatureStore.at(edited).digest
+    report = compact_store(edited, "0")
+    # 4 of 10 images are kept, with their captions, and all of the new block.
+    assert report.n_rows == 6 + 12
+    assert set(report.blocks) == {"", "segments/0001"}
+    assert values(edited) == wanted
+    assert FeatureStore.at(edited).digest == digest
+    assert verify_store(edited.place).problems == ()
+    assert compact_store(edited, "0").n_rows == 0
+    assert values(edited) == wanted
+
+
+def test_compaction_without_unused_rows_does_nothing(edited: LocalFiles) -> None:
+    delete_rows(edited, lambda table: np.arange(len(table.keys)) > 0)
+    for view_id in view_ids(edited)[1:]:
+        remove_view(edited, view_id)
+    split_store(edited, HALVES)
+    wanted = values(edited)
+    assert compact_store(edited, "0").n_rows == 3  # an image of the first block, in no view
+    assert values(edited) == wanted
+    before = tree(Path(edited.place))
+    assert compact_store(edited, "0").n_rows == 0
+    assert tree(Path(edited.place)) == before
+
+
+class KilledError(BaseException):
+    pass
+
+
+def test_an_interrupted_compaction_changes_no_view_and_is_finished_by_the_next(
+    edited: LocalFiles,
+    tmp_path: Path,
+) -> None:
+    """Killed before every seventh write or removal."""
+    split_store(edited, HALVES)
+    remove_view(edited, view_ids(edited)[0])
+    wanted = values(edited)
+    newest = FeatureStore.at(edited).digest
+    whole = tmp_path / "whole"
+    nth = 0
+    while True:
+        shutil.rmtree(whole, ignore_errors=True)
+        shutil.copytree(edited.place, whole)
+        files = _KilledFiles(whole, nth)
+        try:
+            compact_store(files, "0")
+            break
+        except KilledError:
+            pass
+        plain = LocalFiles(whole)
+        assert FeatureStore.at(plain).digest == newest, nth
+        found = values(plain)
+        assert found == wanted, nth
+        compact_store(plain, "0")
+        assert values(plain) == wanted, nth
+        assert verify_store(whole).sound, nth
+        nth += 7
+    assert nth > 40
+
+
+class _KilledFiles(LocalFiles):
+    """Die before the n-th change, in the store or in any block of it."""
+
+    def __init__(self, root: Path, left: int, count: list[int] | None = None) -> None:
+        super().__init__(root)
+        self.count = [left] if count is None else count
+
+    def child(self, folder: str) -> LocalFiles:
+        return _KilledFiles(self.path(folder), 0, self.count)
+
+    def _spend(self) -> None:
+        if not self.count[0]:
+            raise KilledError
+        self.count[0] -= 1
+
+    def write(self, name: str, *buffers: object) -> None:
+        self._spend()
+        super().write(name, *buffers)  # type: ignore[arg-type]
+
+    def put_if_absent(self, name: str, *buffers: object) -> bool:
+        self._spend()
+        return super().put_if_absent(name, *buffers)  # type: ignore[arg-type]
+
+    def remove(self, name: str) -> None:
+        self._spend()
+        super().remove(name)
+
+    def remove_folder(self, folder: str) -> None:
+        self._spend()
+        super().remove_folder(folder)
+
+
+def test_the_compaction_of_a_store_without_views_does_nothing(small: LocalFiles) -> None:
+    before = tree(Path(small.place))
+    assert compact_store(small, "0").n_bytes == 0
+    assert tree(Path(small.place)) == before
