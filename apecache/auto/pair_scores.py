@@ -197,10 +197,9 @@ def posterior_wrong(
     wrong_share: NDArray[np.float64],
     share_wrong: float,
 ) -> NDArray[np.float64]:
-    """Estimate for each caption the probability that it is wrong (Efron's local false discovery
-    rate).
+    """Estimate for each caption the probability that it is wrong.
 
-    The density of the shares is a histogram that is made to fall monotonically. Wrong captions have
+    This is Efron's local false discovery rate. The density of the shares is a histogram that is made to fall monotonically. Wrong captions have
     density 1.
     """
     n_in_bin, edges = np.histogram(wrong_share, bins=N_BINS, range=(0.0, 1.0))
