@@ -31,6 +31,7 @@ TASKS = ("retrieval", "zeroshot", "probe", "text-probe")
 RETRIEVAL = "Retrieval"
 CLASSES = "Zero-shot classification"
 PROBES = "Probes"
+SUITES = "Suites of other programs"
 
 
 TASKS_OF_OPTIONS = {
@@ -92,6 +93,7 @@ class TaskOptions(OptionGroup):
             metavar="SUITE",
             help="In place of a task: clip-benchmark (every data set of --data-root) or "
             "datacomp-38 (extra: zero-shot).",
+            rich_help_panel=SUITES,
         ),
     ] = None
     data_root: Annotated[
@@ -99,6 +101,7 @@ class TaskOptions(OptionGroup):
         typer.Option(
             metavar="FOLDER",
             help="Folder of the data sets of --suite, in clip_benchmark's webdataset layout.",
+            rich_help_panel=SUITES,
         ),
     ] = None
     probe_train_split: Annotated[
@@ -579,7 +582,9 @@ def show_graded(run: str, result: dict[str, Any]) -> None:
         measured[result["baseline"]["name"]] = result["baseline"].get("graded")
     rows: list[tuple[object, ...]] = []
     for name, figures in measured.items():
-        for direction in ("image_to_text", "text_to_image") if figures else ():
+        if figures is None:
+            continue
+        for direction in ("image_to_text", "text_to_image"):
             values = figures[direction]
             shown = (values["map_at_r"], values["r_precision"], values["ndcg"])
             title = f"{name}, {direction.replace('_', ' ')}"

@@ -54,6 +54,7 @@ def index(
             min=1,
             metavar="N",
             help="Keep the first N values of each embedding. For runs of loss.matryoshka.",
+            rich_help_panel=ADVANCED,
         ),
     ] = None,
     update: Annotated[

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from apecache.data.columns import to_text
+from apecache.data.images import SUFFIXES
 from apecache.data.json_lines import json_records, with_names
 from apecache.data.media import media_below
 from apecache.data.pairs import Pair, PairSource, SourceFields
@@ -41,10 +42,11 @@ def open_annotations(path: Path, spec: OpenSpec) -> PairSource:
             field, or an image is named twice.
     """
     content = _load(path)
-    if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
+    table = _as_table(content)
+    if table:
         if not spec.restval:
             raise OptionError(f"{path}: a table; --no-restval is for Karpathy's JSON: leave it out")
-        names, records = with_names(list(enumerate(content, 1)))
+        names, records = with_names(list(enumerate(table, 1)))
         return open_records(names, records, path=path, spec=spec)
     require_only(spec, path, *FILE_OPTIONS)
     # Both formats have `images`; their other fields tell them apart.
@@ -67,6 +69,18 @@ def open_annotations(path: Path, spec: OpenSpec) -> PairSource:
         media=media_below(spec.root or path.parent, spec.allow_root),
         fields=fields,
     )
+
+
+def _as_table(content: Any) -> list[dict[str, Any]]:
+    """Return the records of a list of objects, or of an object of captions by image.
+
+    Empty for anything else.
+    """
+    if isinstance(content, list) and all(isinstance(entry, dict) for entry in content):
+        return content
+    if isinstance(content, dict) and all(name.lower().endswith(SUFFIXES) for name in content):
+        return [{"image": name, "caption": captions} for name, captions in content.items()]
+    return []
 
 
 def _unused(images: list[dict[str, Any]], fields: SourceFields) -> tuple[str, ...]:

@@ -234,9 +234,19 @@ def _refuse_swallowed(cells: Sequence[str], path: Path, line: int, separator: st
 
 def _plain_rows(path: Path, table_format: TableFormat) -> Iterator[tuple[int, list[str]]]:
     """Yield (line, cells) of each row of a table without quoted cells."""
+    is_open = False
+    has_images = False
     with open_text(path, newline="\n") as file:
         for line, text in enumerate(map(_without_end, file), 1):
             cells = text.split(table_format.separator)
+            names_image = any(cell.lower().endswith(SUFFIXES) for cell in cells)
+            # After a quote without an end: a cell with a line break, or only a caption's quote?
+            if is_open and has_images and text and not names_image:
+                raise ManifestError(
+                    f"{path}, line {line}: no image, after a quote without an end; {NO_LINE_BREAKS}"
+                )
+            is_open = any(cell.startswith('"') and cell.count('"') % 2 for cell in cells)
+            has_images = has_images or names_image
             if table_format.padded:
                 cells = [cell.removeprefix(" ") for cell in cells]
             if text:

@@ -6,6 +6,7 @@ per class, or stand alone.
 Keys are paths below the folder, in sorted order. What is not read is counted by its reason.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ from apecache.data.text_files import open_text
 from apecache.data.tfrecords import open_tfrecords
 from apecache.errors import ManifestError
 
+YEAR = re.compile(r"[-_]?(19|20)\d\d$")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TABLES = (".tsv", ".csv", ".jsonl", ".parquet", ".json")
 NOT_CLASSES = ("images", "image", "img", "imgs", "jpegimages", "photos", "pictures")
@@ -278,7 +280,7 @@ def folder_roles(images: Sequence[str]) -> tuple[list[str], list[str]]:
     split_names = [""] * len(images)
     depth = _split_depth(folders)
     if depth is not None:
-        split_names = [names.pop(depth) for names in folders]
+        split_names = [_without_year(names.pop(depth)) for names in folders]
         if len({tuple(names[:depth]) for names in folders}) == 1:
             folders = [names[depth:] for names in folders]
     folders = [[name for name in names if name.lower() not in NOT_CLASSES] for names in folders]
@@ -292,10 +294,15 @@ def folder_roles(images: Sequence[str]) -> tuple[list[str], list[str]]:
     return [split_of[name] for name in split_names], labels
 
 
+def _without_year(name: str) -> str:
+    """Return the name of a folder without a year: COCO's folders are called train2017."""
+    return YEAR.sub("", name)
+
+
 def _split_depth(folders: Sequence[Sequence[str]]) -> int | None:
     """Return the level of folders whose names are all those of splits."""
     for depth in range(min(map(len, folders))):
-        if all(names[depth] in SPLITS for names in folders):
+        if all(_without_year(names[depth]) in SPLITS for names in folders):
             return depth
     return None
 

@@ -1,6 +1,8 @@
 """Load the encoders that specs name.
 
-A library is imported only when one of its encoders is asked for.
+A library is imported only when one of its encoders is asked for. To add a library: name it in
+`LIBRARIES` of `encoders.spec`, write its module `from_LIBRARY`, and give it a case in each `match`
+below. For towers that train, see `encoders.module_map` too.
 """
 
 from collections.abc import Sequence

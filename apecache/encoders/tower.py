@@ -127,13 +127,22 @@ class Tower(nn.Module):
         Returns:
             [n, output_dim].
         """
-        return self.forward_from(0, self.embed(inputs), mask)
+        return self.forward_from(0, self.embed(inputs), self._own_mask(inputs, mask))
 
     def run_to(self, cut: Cut, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run what lies below the cut: tokens [n, length, dim], or the pooled output [n, dim]."""
         if cut == "pooled":
             return self(inputs, mask)  # type: ignore[no-any-return]
-        return self._run(self.embed(inputs), range(self._checked(cut)), mask)
+        depths = range(self._checked(cut))
+        return self._run(self.embed(inputs), depths, self._own_mask(inputs, mask))
+
+    def _own_mask(self, inputs: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Return the mask of token ids as the model itself makes it."""
+        if self.module_map.wrapper != "open_clip-hf" or self.modality == "image":
+            return mask
+        # open_clip hides the padding token also where a text holds it.
+        own_mask: Tensor = (inputs != self.root.config.pad_token_id).long()
+        return own_mask
 
     def forward_from(self, cut: Cut, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run what lies above the cut.

@@ -122,7 +122,8 @@ def _lance() -> ModuleType:
         import lance
     except ImportError:
         raise MissingExtraError("lance", "lance") from None
-    return lance
+    module: ModuleType = lance
+    return module
 
 
 def _write_parquet(arrow: Any, batches: Iterator[Any], path: Path) -> None:

@@ -47,7 +47,7 @@ def write_open_clip(model: WholeModel, out: Path, final: Path) -> None:
     except ImportError:
         raise MissingExtraError("open_clip", "open-clip") from None
     for side in ("image", "text"):
-        head = model.head(side)  # type: ignore[arg-type]
+        head = model.head(side)
         if not is_affine(head):
             name = "trained with its encoder" if head is None else f"of kind {head.spec.kind}"
             raise RunError(
@@ -138,7 +138,8 @@ def _require_encoders(model: WholeModel) -> None:
 
 
 def _image_config(encoder: ImageEncoder, out: Path, final: Path) -> dict[str, Any]:
-    name = str(encoder.module.default_cfg.get("architecture") or "")  # type: ignore[union-attr]
+    module: LibraryModel = encoder.module
+    name = str(module.default_cfg.get("architecture") or "")
     if timm_model_args(encoder):
         # Only a folder can give timm the arguments of an architecture.
         write_timm_folder(encoder, out / "image", loader="open_clip")

@@ -65,7 +65,8 @@ def write_sentence_transformers(model: WholeModel, out: Path, text_only: bool = 
     # The folder of a timm encoder is read while the modules are made.
     with TemporaryDirectory() as staging:
         image_side = [*_image_modules(model.image.encoder, Path(staging)), *image_head]
-        router: Any = Router({"text": text_side, "image": image_side}, default_route="text")
+        routes: dict[str, Any] = {"text": text_side, "image": image_side}
+        router: Any = Router(routes, default_route="text")
         modules = [router, Normalize()]
         _assemble(SentenceTransformer, modules, text_encoder).save(
             str(out),

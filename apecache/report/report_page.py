@@ -250,9 +250,9 @@ def suite_tables(paths: Mapping[str, Path]) -> list[Table]:
     for name, path in paths.items():
         for report in read_suites(path):
             for row in report.rows:
-                metric = (
-                    row.main_metric if row.main_metric in row.metrics else next(iter(row.metrics))
-                )
+                metric = row.main_metric
+                if metric is None or metric not in row.metrics:
+                    metric = next(iter(row.metrics))
                 low, high = row.intervals[metric]
                 cells = (
                     name,

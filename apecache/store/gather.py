@@ -13,6 +13,8 @@ from apecache.fingerprint import Modality
 from apecache.store.array import FeatureArray, StoredShard
 from apecache.store.views import View
 
+ROWS_OF_RUN = 8
+"""Mean length of a run of rows from which on runs are copied as slices."""
 MISSING_ROWS = 4096
 """Rows without features that are given at once."""
 
@@ -112,7 +114,7 @@ class ViewArray(FeatureArray):
             if _is_range(offsets, 0, shard.n_rows) and _is_range(rows, first, len(offsets)):
                 self.stored._read_into(shard, target[first : first + len(rows)])
             else:
-                target[rows] = self.stored._read_wide(shard)[offsets]
+                _copy_rows(self.stored._read_wide(shard), offsets, target, rows)
 
         with ThreadPoolExecutor(threads or self.files.readers) as pool:
             # The list asks for every result, which raises what a read raised.
@@ -162,6 +164,27 @@ class ViewArray(FeatureArray):
         bounds = (shard.first, shard.first + shard.n_rows)
         begin, end = np.searchsorted(self._sorted, bounds).tolist()
         return self._order[begin:end], self._sorted[begin:end] - shard.first
+
+
+def _copy_rows(
+    source: NDArray[Any],
+    offsets: NDArray[np.int64],
+    target: NDArray[Any],
+    rows: NDArray[np.int64],
+) -> None:
+    """Copy `source[offsets]` to `target[rows]`, run by run where most rows stand in order."""
+    is_break = (np.diff(rows) != 1) | (np.diff(offsets) != 1)
+    breaks = np.flatnonzero(is_break) + 1
+    if len(breaks) > len(rows) // ROWS_OF_RUN:
+        target[rows] = source if _is_range(offsets, 0, len(source)) else source[offsets]
+        return
+    begin = 0
+    for end in [*breaks.tolist(), len(rows)]:
+        row = int(rows[begin])
+        offset = int(offsets[begin])
+        # A slice is copied once; rows picked one by one are copied twice.
+        target[row : row + end - begin] = source[offset : offset + end - begin]
+        begin = end
 
 
 def gathered_rows(array: FeatureArray, rows: NDArray[np.int64]) -> NDArray[Any]:

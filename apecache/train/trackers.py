@@ -32,7 +32,7 @@ def parse_tracker(text: str) -> tuple[TrackerName, str]:
         raise OptionError(
             f"--track {text}: expected one of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}"
         )
-    tracker: TrackerName = name  # type: ignore[assignment]
+    tracker: TrackerName = name
     if tracker == "tensorboard" and not project:
         raise OptionError("--track tensorboard: give its folder, as tensorboard=FOLDER")
     return tracker, project or PROJECT
@@ -150,8 +150,10 @@ def _mlflow(project: str, name: str, settings: Mapping[str, str]) -> Iterator[Lo
     # The context manager marks the run as failed after an error.
     with mlflow.start_run(run_name=name):
         mlflow.log_params(dict(settings))
-        # MLflow allows no @ in a name.
-        yield lambda step, figures: mlflow.log_metrics(
-            {key.replace("@", "-at-"): value for key, value in figures.items()},
-            step=step,
-        )
+
+        def log(step: int, figures: Mapping[str, float]) -> None:
+            # MLflow allows no @ in a name.
+            named = {key.replace("@", "-at-"): value for key, value in figures.items()}
+            mlflow.log_metrics(named, step=step)
+
+        yield log

@@ -40,7 +40,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         store = FeatureStore.open(options.store) if options.store else quick_store(work)
-        epochs = ["schedule.epochs=1", "schedule.batch_size=64"] if options.quick else []
+        epochs = [] if options.epochs is None else [f"schedule.epochs={options.epochs}"]
+        epochs += ["schedule.batch_size=64"] if options.quick else []
         rows = measure(store, work, options.recipe, epochs, options.seeds, options.split)
     by_case = {(row["loss"], row["width"]): row["mean R@1"] for row in rows}
     full = by_case["matryoshka", DIM]
@@ -70,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--recipe", default="projection")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="of each fit; default: the recipe's")
     parser.add_argument("--split", default="val")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
@@ -79,6 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give --store or --quick")
     if options.quick:
         options.seeds = 1
+        options.epochs = 1
     return options
 
 

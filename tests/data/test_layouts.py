@@ -63,6 +63,7 @@ def write_text(path: Path, text: str) -> Path:
         ("upper.csv", 'Image,Caption\na.png,"a dog, brown"\nb.png,a cat\n'),
         ("t.ndjson", '{"image": "a.png", "caption": "a dog, brown"}\n{"image": "b.png", "caption": "a cat"}'),
         ("lines.json", '{"image": "a.png", "caption": "a dog, brown"}\n{"image": "b.png", "caption": "a cat"}'),
+        ("by name.json", '{"a.png": "a dog, brown", "b.png": ["a cat"]}'),
         ("list.json", '[{"image": "a.png", "caption": ["a dog, brown"]}, {"image": "b.png", "caption": "a cat"}]'),
     ],
 )  # fmt: skip
@@ -117,9 +118,12 @@ def test_a_line_break_in_a_cell_of_a_tsv_is_refused_unless_quotes_are_asked_for(
     tmp_path: Path,
 ) -> None:
     table = write_text(tmp_path / "t.tsv", 'image\tcaption\na.jpg\t"one\ntwo"\nb.jpg\tthree\n')
-    with pytest.raises(ManifestError, match=r"line 3: 1 column, the header has 2; .*--quoting csv"):
+    with pytest.raises(ManifestError, match=r"line 3: .*--quoting csv"):
         open_pairs(table)
     assert open_pairs(table, OpenSpec(quoting="csv")).captions == ["one\ntwo", "three"]
+    write_text(table, 'image\tcaption\na.jpg\t"one\ntwo\tthree"\nb.jpg\tfour\n')
+    with pytest.raises(ManifestError, match=r"line 3: no image, after a quote .*--quoting csv"):
+        open_pairs(table)
 
 
 def test_a_quote_that_swallows_rows_of_a_csv_is_refused_and_can_be_read_as_text(
@@ -409,6 +413,10 @@ def test_img2dataset_files_have_captions_and_no_classes(tmp_path: Path) -> None:
         (
             ("dev/cat/a.png", "train/cat/b.png", "validation/dog/c.png"),
             [("dev", "cat"), ("train", "cat"), ("val", "dog")],
+        ),
+        (
+            ("train2014/a.png", "train2017/b.png", "val2017/c.png"),
+            [("train", ""), ("train", ""), ("val", "")],
         ),
         (
             ("test/a.png", "testing/b.png", "train/c.png"),

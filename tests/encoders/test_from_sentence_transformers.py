@@ -95,8 +95,9 @@ def test_the_identity_knows_the_modules(tmp_path: Path, tiny_text_encoder: Path)
 
 def test_other_cuts_and_images_are_refused(tmp_path: Path, tiny_text_encoder: Path) -> None:
     folder = save(tmp_path / "model", tiny_text_encoder)
-    with pytest.raises(EncoderError, match="for other cuts take hf:"):
-        load_text_encoder(replace(parse_encoder(f"st:{folder}", "text"), pooling="tokens"), "cpu")
+    spec = parse_encoder(f"st:{folder}", "text")
+    with pytest.raises(EncoderError, match="has 2 blocks: the layer is 0 to 2"):
+        load_text_encoder(replace(spec, pooling="tokens", layer=7), "cpu")
     with pytest.raises(EncoderError, match="reads no images; it reads text"):
         load_image_encoder(parse_encoder(f"st:{folder}", "image"), "cpu")
     with pytest.raises(EncoderError, match=r"has no modules.json"):

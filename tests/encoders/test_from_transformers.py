@@ -340,7 +340,7 @@ def test_the_fingerprint_is_the_same_when_loaded_twice_and_used_between(
         (lambda edits: edits.tensor(BIAS, lambda _: torch.ones(3)), BIAS),
         (lambda edits: edits.cut("model.safetensors", 5000), "cannot be opened"),
         (lambda edits: edits.remove("model.safetensors"), "cannot be opened"),
-        (lambda edits: edits.cut("config.json", 30), "cannot be opened"),
+        (lambda edits: edits.cut("config.json", 30), "config.json is not JSON"),
         (lambda edits: edits.json("config.json", model_type="nope"), "cannot be opened"),
         (lambda edits: edits.json("config.json", hidden_size="wide"), "cannot be opened"),
         (lambda edits: edits.remove("tokenizer*"), "knows no words"),

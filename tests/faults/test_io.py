@@ -3,6 +3,8 @@ on."""
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.reliability.injection.io_errors import failing_calls
 from benchmarks.reliability.injection.syscalls import CHANGING
 from benchmarks.reliability.injection.tower import EDITED, SMALL, TowerSpec
@@ -18,6 +20,7 @@ def test_any_failing_call_ends_in_one_clear_error_and_the_next_run_completes(
     assert result.failed.total() > 300
 
 
+@pytest.mark.slow
 def test_any_failing_call_of_an_edit_ends_in_one_clear_error_too(tmp_path: Path) -> None:
     result = failing_calls(tmp_path, EDITED)
     assert result.wrong == []

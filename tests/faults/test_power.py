@@ -40,11 +40,13 @@ def test_a_power_cut_after_a_kill_and_a_resume_loses_nothing(
     assert result.resumed > 100
 
 
+@pytest.mark.slow
 def test_a_power_cut_at_any_call_of_an_edit_loses_nothing(tmp_path: Path, long_run: bool) -> None:
     result = cut_anywhere(tmp_path, EDITED, resumes=-1 if long_run else 60)
     assert result.wrong == []
 
 
+@pytest.mark.slow
 def test_a_power_cut_after_a_kill_of_an_edit_loses_nothing(tmp_path: Path) -> None:
     assert kill_then_cut(tmp_path, replace(EDITED, images=5)).wrong == []
 

@@ -332,7 +332,8 @@ def test_lilt_rows_share_all_settings_but_what_trains() -> None:
             assert (recipe.optimizer.lr, recipe.optimizer.betas) == (1e-4, (0.9, 0.999))
             assert (recipe.schedule.epochs, recipe.schedule.epoch) == (15, "pairs")
             assert recipe.loss.temperature_parameter == "temperature"
-    assert load_recipe("lilt-p").towers.rules == ()
+    (rule,) = load_recipe("lilt-p").towers.rules
+    assert (rule.part, rule.train) == ("text.token_types", False)
     assert load_recipe("lilt-d").augmentation.image == load_recipe("lilt-p").augmentation.image
     assert load_recipe("lilt-l").augmentation.image is None
 

@@ -5,7 +5,7 @@ import torch
 from recipes import SMALL
 
 from apecache.errors import RecipeError
-from apecache.losses import objective as module
+from apecache.losses import registry as module
 from apecache.losses.contrastive import Groups, grouped_info_nce, info_nce, sigmoid_loss
 from apecache.losses.geometry import structure_divergence
 from apecache.recipes.recipe import Recipe, load_recipe

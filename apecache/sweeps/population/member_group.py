@@ -63,7 +63,7 @@ class MemberGroup:
             StackedHeads([model.text for model in models], mask_streams),
         )
         # Members of one group have the same kind of temperature (see `stack_key`).
-        self.is_log = models[0].temperature.kind == "log_scale"
+        self.is_log = models[0].temperature.parameter_name == "log_scale"
         self.temperature = StackedParameter([model.temperature.parameter for model in models])
         self.temperatures = [self.temperature]
         if models[0].temperature.bias is not None:

@@ -40,8 +40,9 @@ TEXTS = (
     "x" * 75,
     "x" * 76,
     "y" * 600,
+    "a <|endoftext|> b </s> [SEP] c <pad> [PAD]",
 )
-"""Of 1 to 600 tokens; empty ones, and alphabets of several kinds."""
+"""Of 1 to 600 tokens; empty ones, alphabets of several kinds, and special tokens in words."""
 PICTURE_SIZES = ((900, 130), (61, 47), (300, 301))
 
 Reference = Callable[[Path, Sequence[Any]], Tensor]

@@ -396,7 +396,8 @@ def test_texts_that_open_clip_cuts_are_counted_whatever_the_padding(
     texts = ["a", "x" * 75, "x" * 76, "y" * 600, ""]
     tokens = encoder.tokenize(texts)
     assert tokens.n_truncated == 2
-    assert [len(ids) for ids in tokens.ids] == [77] * 5
+    # The tower hides its padding, which is left out here.
+    assert [len(ids) for ids in tokens.ids] == [3, 77, 77, 77, 2]
 
 
 def test_a_tokenizer_that_open_clip_cannot_reach_is_an_error_with_a_remedy(

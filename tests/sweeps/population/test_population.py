@@ -124,6 +124,7 @@ STRUCTURES = {
     "lion": ["optimizer.kind=lion", "optimizer.lr=0.001"],
     "sgd": ["optimizer.kind=sgd"],
     "fixed temperature": ["loss.learnable=false"],
+    "temperature itself": ["loss.temperature_parameter=temperature", "optimizer.kind=sgd"],
 }
 
 
