@@ -157,7 +157,8 @@ def test_a_grown_table_and_a_second_encoder_go_the_same_way(
     table.write_text(whole)
     local(table, tmp_path / "here", recheck=True)
     report = spread(table, tmp_path / "there", recheck=True)
-    assert [array.n_encoded for array in report.arrays] == [12, 24]
+    # The new pictures have the captions of the old ones, which are in the store.
+    assert [array.n_encoded for array in report.arrays] == [12, 0]
     assert tree(tmp_path / "there") == tree(tmp_path / "here")
 
 
