@@ -62,13 +62,6 @@ class WriteOptions(OptionGroup):
             rich_help_panel=STORE_PANEL,
         ),
     ] = False
-    append: Annotated[
-        bool,
-        typer.Option(
-            "--append",
-            hidden=True,
-        ),
-    ] = False
     recheck: Annotated[
         bool,
         typer.Option(
@@ -196,7 +189,6 @@ def extract(
 
         cluster = ray_spec(ray)
         require_part(write.part)
-        refuse_append(write.append)
         source = open_pairs(pairs, source_options.spec(*roles(encoders)))
         spec = extract_spec(encoders, write, device)
         if dry_run:
@@ -228,18 +220,6 @@ def require_part(part: str | None) -> None:
 
     if part:
         parse_part(part)
-
-
-def refuse_append(append: bool) -> None:
-    """Refuse an option that is not needed any more.
-
-    Raises:
-        OptionError: It is given.
-    """
-    from apecache.errors import OptionError
-
-    if append:
-        raise OptionError("--append is not needed: extract encodes what is new; leave it out")
 
 
 def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> "ExtractSpec":

@@ -50,6 +50,7 @@ View = Annotated[
         "--view",
         metavar="VIEW",
         help="View of the store: its id or number in apecache views list. Default: the newest.",
+        rich_help_panel=ADVANCED,
     ),
 ]
 CompleteStore = Annotated[str, typer.Argument(help="A complete feature store.")]
