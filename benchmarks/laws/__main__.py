@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from apecache_cli.option_groups import SOURCE, Device, Json, SplitSourceOptions, takes_groups
+from apecache_cli.option_groups import SOURCE, Device, Json, takes_groups
+from apecache_cli.source_options import SplitSourceOptions
 from apecache_cli.terminal import choice, command_line, ending, show_json, show_table
 
 SIZES = ("smoke", "small", "full")
