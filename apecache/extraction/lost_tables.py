@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apecache.data.pairs import PairSource
+from apecache.data.recorded import options_to_record
 from apecache.errors import DamagedError, DataError, MismatchError, StoreError
 from apecache.extraction.contents import StoredBlock, TableContents, stored_blocks, table_contents
 from apecache.extraction.matching import Matching
@@ -122,6 +123,8 @@ class LostTables:
                 identity=identity,
                 origin=self.source.origin,
                 root=self.source.media.place,
+                # A block that only views refer to has no table of its own.
+                options={} if "view_only" in identity else options_to_record(self.source),
             )
 
     def _identity(self, folder: str) -> dict[str, Any] | None:
@@ -231,6 +234,7 @@ class LostTables:
                     image_rows=(table.image_rows[texts] - first_image).tolist(),
                     digest=block.digest,
                     origin=self.source.origin,
+                    options=options_to_record(self.source),
                 )
             first_image += block.n_images
             first_text += block.n_texts

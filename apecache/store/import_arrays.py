@@ -5,6 +5,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from apecache.fingerprint import Modality
 from apecache.storage.files import Files
 from apecache.store.array import FeatureArray
@@ -23,7 +26,7 @@ from apecache.store.import_rows import (
 )
 from apecache.store.import_sides import NamedRows
 from apecache.store.import_spec import ImportSpec
-from apecache.store.import_table import ImportTable
+from apecache.store.import_table import ImportTable, RowMap
 from apecache.store.layout import ArrayLayout, ArrayRecord
 
 FIRST_EXAMPLES = 5
@@ -58,7 +61,9 @@ class SegmentRows:
 
     files: Files
     table: str
-    rows: range
+    """Digest of the segment's own table."""
+    rows: range | NDArray[np.int64]
+    """Row of the imported table for each row of the segment; -1 where it has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +110,7 @@ def _tasks(
     tasks: list[ArrayImport] = []
     for segment in segments:
         rows = segment.rows
-        segment_map = row_map[rows.start : rows.stop]
+        segment_map, keys = _part_of_table(rows, row_map, names)
         layout = layout_of(array.named, len(rows), spec.storage_dtype, spec.shard_rows)
         fingerprint = import_fingerprint(array.encoder, layout, array.source_digest, segment_map)
         record = ArrayRecord(
@@ -123,10 +128,23 @@ def _tasks(
             record=record,
             source=array.named.rows,
             row_map=segment_map,
-            keys=names[rows.start : rows.stop],
+            keys=keys,
         )
         tasks.append(replace(task, record=described(task)))
     return tasks
+
+
+def _part_of_table(
+    rows: range | NDArray[np.int64],
+    row_map: RowMap,
+    names: Sequence[str],
+) -> tuple[RowMap, Sequence[str]]:
+    """Return the source's row of each row of a segment, and what each is called."""
+    if isinstance(rows, range):
+        return row_map[rows.start : rows.stop], names[rows.start : rows.stop]
+    # The last entry stands for rows that the table does not have.
+    padded = np.append(row_map, -1)
+    return padded[rows], [names[row] if row >= 0 else "" for row in rows.tolist()]
 
 
 def _import_array(

@@ -8,11 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from apecache.arguments import AnyPath, as_place, require_spec, require_type
 from apecache.data.media import Media, NoMedia, media_at
 from apecache.data.pairs import PairSource
-from apecache.errors import ApecacheError, BadRowsError, counted
+from apecache.errors import ApecacheError, BadRowsError, MismatchError, counted
 from apecache.fingerprint import Modality
 from apecache.storage.files import Files
 from apecache.storage.open import open_files
@@ -157,11 +158,9 @@ def _table_of(
 
 def _make_store(files: Files, table: ImportTable, media: Media) -> None:
     """Make the store, or find that it belongs to this table."""
-    if files.exists(PAIRS):
-        opened = FeatureStore.at(files)
-        # The first segment alone has another digest than the whole table.
-        if opened.segments and opened.digest == table.columns.digest:
-            return
+    # A table that is a view, or has appended rows, is not that of the first block.
+    if files.exists(PAIRS) and FeatureStore.at(files).digest == table.columns.digest:
+        return
     create_store(files, pairs=table.columns, root=media.place, version=version("apecache"))
 
 
@@ -229,19 +228,39 @@ def _segments(files: Files, side: Modality) -> list[SegmentRows]:
     """Return the segments of a store in order, each with its rows of one side."""
     opened = FeatureStore.at(files)
     count = "n_images" if side == "image" else "n_texts"
+    n_rows = [int(block.block_source[count]) for block in opened.blocks]
+    index = None if opened.view is None else opened.view.index(side)
+    n_without = 0 if index is None else int((index < 0).sum())
+    if n_without:
+        raise MismatchError(
+            f"{opened.path} has no place for {counted(n_without, f'{side} row')} of its newest "
+            f"view, which no encoder has seen; extract with --{side} first, or import with --pairs into "
+            "another --store"
+        )
+    table_rows = None if index is None else _first_rows(index, sum(n_rows))
     segments: list[SegmentRows] = []
     first = 0
-    for segment in (opened, *opened.segments):
-        stop = first + int(segment.source[count])
-        segments.append(
-            SegmentRows(
-                files=segment.files,
-                table=str(segment.source["digest"]),
-                rows=range(first, stop),
-            )
+    for block, n_block_rows in zip(opened.blocks, n_rows, strict=True):
+        stop = first + n_block_rows
+        rows = range(first, stop) if table_rows is None else table_rows[first:stop]
+        segment = SegmentRows(
+            # Each block is a store of its own.
+            files=block.files,
+            table=str(block.block_source["digest"]),
+            rows=rows,
         )
+        segments.append(segment)
         first = stop
     return segments
+
+
+def _first_rows(index: NDArray[np.int64], n_block_rows: int) -> NDArray[np.int64]:
+    """Return the first row of a view that shows each row of the blocks; -1 where none does."""
+    first_rows = np.full(n_block_rows, -1, np.int64)
+    shown = np.flatnonzero(index >= 0)
+    # Backwards, so that the first of several rows is what stays.
+    first_rows[index[shown[::-1]]] = shown[::-1]
+    return first_rows
 
 
 def _require_few_bad(arrays: Sequence[ImportedArray], max_bad: float) -> None:

@@ -71,9 +71,12 @@ def restore_claim(
     identity: Mapping[str, Json],
     origin: str,
     root: str,
+    options: Mapping[str, Json],
 ) -> None:
     """Write the lost source record of a block again, from what another record says of it."""
-    body = {**identity, "origin": origin, "root": root}
+    body: dict[str, Json] = {**identity, "origin": origin, "root": root}
+    if options:
+        body["options"] = dict(options)
     files.write(SOURCE, seal_record(SOURCE, body, of_view=identity.get("view_only") is True))
 
 

@@ -67,15 +67,11 @@ def test_a_folder_per_class_with_shares_of_splits_is_extracted_and_repaired(
     assert set(told["splits"]) == {"train", "val"}
     assert call_json("extract", classes, "--store", store, *encoder, *splits)["nothing_to_do"]
     files = tree(store)
-    damage_images(store)
-    others = ("--split-fraction", "train=.5,val=.5,seed=4")
-    assert "has split" in error_of(
-        call("repair", store, *others),
-        4,
-    )  # opened otherwise, it is another source
-    # The store has recorded how its source was opened.
-    assert call("repair", store).exit_code == 0
-    assert tree(store) == files
+    # The store has recorded how its source was opened. Any table with the images will do.
+    for options in ((), ("--split-fraction", "train=.5,val=.5,seed=4")):
+        damage_images(store)
+        assert call("repair", store, *options).exit_code == 0
+        assert tree(store) == files
 
 
 def test_repair_finds_the_images_of_a_table_where_they_were(

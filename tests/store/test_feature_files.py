@@ -297,7 +297,7 @@ def test_chunks_and_streams_give_any_rows(sizes: list[int], order: list[int]) ->
     blocks = np.split(values, ends[:-1])
     rows = np.array([row % len(values) for row in order], np.int64)
     parts = [ArrayRows(values=block, stored=block.dtype, origin="x") for block in blocks]
-    chunked = ChunkedRows(parts=parts)
+    chunked = ChunkedRows(chunks=parts)
     stream = StreamRows(
         n_rows=len(values),
         row_shape=(2,),

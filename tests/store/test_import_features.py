@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -402,15 +403,28 @@ def test_rows_go_to_every_segment_of_a_store(
     apecache.extract(
         pairs,
         store,
-        apecache.ExtractSpec(text=spec.text, device="cpu", append=True),
+        apecache.ExtractSpec(text=spec.text, device="cpu"),
     )
-    added = FeatureInput(features=vectors(5), keys=tuple(pairs.keys), name="added")
-    report = import_features(store, ImportSpec(image=added, shard_rows=2))
-    assert report.arrays[0].rows == 5
+    added = FeatureInput(features=vectors(7), name="added")
+    by_row = ImportSpec(text=added, shard_rows=2, by_row=True)
+    report = import_features(store, by_row)
+    assert report.arrays[0].rows == 7
     opened = FeatureStore.open(store)
     assert len(opened.segments) == 1
-    assert np.array_equal(opened.array("image", "added").load(), vectors(5))
-    assert import_features(store, ImportSpec(image=added, shard_rows=2)).nothing_to_do
+    assert np.array_equal(opened.array("text", "added").load(), vectors(7))
+    assert import_features(store, by_row).nothing_to_do
+    # Another order of the table is another view: each row gets the features that are its own.
+    turned = replace(pairs, pairs=pairs.pairs[::-1])
+    apecache.extract(turned, store, apecache.ExtractSpec(text=spec.text, device="cpu"))
+    again = FeatureInput(features=vectors(7, seed=3), name="again")
+    import_features(store, ImportSpec(text=again, by_row=True))
+    loaded = FeatureStore.open(store).array("text", "again").load()
+    assert np.array_equal(loaded, vectors(7, seed=3))
+    assert not np.array_equal(FeatureStore.open(store).array("text", "added").load(), vectors(7))
+    # Images that no encoder has seen are in no block.
+    images = FeatureInput(features=vectors(5), keys=tuple(pairs.keys), name="images")
+    with pytest.raises(MismatchError, match=r"no place for 2 image rows .* extract with --image"):
+        import_features(store, ImportSpec(image=images))
 
 
 def test_extract_adds_its_features_to_an_imported_store(

@@ -38,7 +38,8 @@ def columns(store: FeatureStore, **changed: Any) -> PairColumns:
     plain = {name: getattr(pairs, name).tolist() for name in names}
     if source.get("view_only"):
         plain["contents"] = read_contents(store.files)
-    recorded = {name: source[name] for name in ("digest", "origin", "options")}
+    recorded = {name: source[name] for name in ("digest", "origin")}
+    recorded["options"] = source.get("options", {})
     return PairColumns(**{**plain, **recorded, **changed})
 
 

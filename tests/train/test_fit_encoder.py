@@ -848,7 +848,7 @@ def test_a_run_whose_encoder_has_changed_is_refused(
             "fits nothing",
         ),
         ("lit", [], {"splits": SplitSpec(dev="dev")}, RecipeError, "no split 'dev'"),
-        ("lit", ["init=ridge"], {}, RecipeError, "init is ridge; fit-encoder takes random only"),
+        ("lit", ["init=ridge"], {}, RecipeError, "init is ridge; fit-encoder takes random"),
         ("lit", ["augmentation.mixup=1"], {}, RecipeError, "mixup is for cached features"),
         ("shared-encoder", ["loss.structure=1"], {}, RecipeError, "compares heads"),
     ],
