@@ -218,7 +218,7 @@ def evaluate(
     with ending():
         task = task_options.task
         choice("--task", task, TASKS)
-        given = {
+        task_values = {
             "store": task_options.store,
             "view": task_options.view,
             "labels": task_options.labels,
@@ -226,7 +226,7 @@ def evaluate(
             **vars(retrieval_options),
             **vars(class_options),
         }
-        _require_effect(task, [name for name, value in given.items() if value])
+        _require_effect(task, [name for name, value in task_values.items() if value])
         from apecache.runs.remote import fetched_run
 
         # A run on object storage is a local copy until the end of the block.

@@ -334,8 +334,8 @@ def _undescribed(
     """Yield images of which every caption is likely wrong, the worst first."""
     first_text = loaded.rows.first_text
     best_shares = np.minimum.reduceat(scores.image_share, first_text[:-1])
-    least = np.minimum.reduceat(scores.posterior, first_text[:-1])
-    images = np.flatnonzero(least >= spec.least_probability)
+    least_posteriors = np.minimum.reduceat(scores.posterior, first_text[:-1])
+    images = np.flatnonzero(least_posteriors >= spec.least_probability)
     order = images[np.argsort(-best_shares[images], kind="stable")]
     for position in order[: spec.limit].tolist():
         rows = loaded.rows.texts[first_text[position] : first_text[position + 1]]

@@ -130,24 +130,24 @@ def _caption_columns(
     if spec.caption_column is not None:
         requested = spec.caption_column
         patterns = (requested,) if isinstance(requested, str) else requested
-        chosen: dict[str, None] = {}
+        matched_columns: dict[str, None] = {}
         for pattern in patterns:
             matches = [name for name in names if fnmatchcase(name, pattern)]
             if pattern in names:
                 matches = [pattern]
             if not matches:
                 _require_column(pattern, "--caption-column", names=names, location=location)
-            chosen |= dict.fromkeys(matches)
-        return tuple(chosen)
-    others = [name for name in names if name != image]
-    series = _numbered(others)
+            matched_columns |= dict.fromkeys(matches)
+        return tuple(matched_columns)
+    other_columns = [name for name in names if name != image]
+    series = _numbered(other_columns)
     caption = _choose(
         "caption",
         requested=None,
         candidates=(CAPTION_COLUMNS, RARE_CAPTION_COLUMNS),
         names=names,
         location=location,
-        taken=image,
+        taken_column=image,
         must="caption" in spec.require and not series,
     )
     return series if caption is None else (caption,)
@@ -221,7 +221,7 @@ def _choose(
     names: Sequence[str],
     location: object,
     must: bool = True,
-    taken: str | None = None,
+    taken_column: str | None = None,
 ) -> str | None:
     """Choose the column of one role; None if there is no candidate and it is not a `must`.
 
@@ -232,13 +232,13 @@ def _choose(
         names: Names of all columns.
         location: The table, for error messages.
         must: Whether the column may not be missing.
-        taken: Column that has another role already.
+        taken_column: Column that has another role already.
     """
     if requested is not None:
         _require_column(requested, f"--{role}-column", names=names, location=location)
         return requested
     for group in candidates:
-        present_names = [name for name in _present(group, names) if name != taken]
+        present_names = [name for name in _present(group, names) if name != taken_column]
         if present_names and (present_names[0].strip().lower() == role or len(present_names) == 1):
             return present_names[0]
         if present_names:

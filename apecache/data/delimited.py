@@ -114,8 +114,8 @@ def _header(lines: Sequence[str], separator: str) -> list[str]:
 
 def _names_image(line: str, separator: str) -> bool:
     """Return whether a line is a name of an image and one more cell."""
-    name, found, caption = line.partition(separator)
-    is_pair = bool(found) and (separator != "\t" or separator not in caption)
+    name, separator_text, caption = line.partition(separator)
+    is_pair = bool(separator_text) and (separator != "\t" or separator not in caption)
     return is_pair and CAPTION_NUMBER.sub("", name.strip('"')).lower().endswith(SUFFIXES)
 
 
@@ -151,7 +151,7 @@ def _has_writers_quotes(path: Path, separator: str) -> bool:
     a column.
     """
     needless: set[int] = set()
-    plain: set[int] = set()
+    unquoted_columns: set[int] = set()
     any_quoted = False
     width = 0
     with open_text(path, newline="\n") as file:
@@ -168,8 +168,8 @@ def _has_writers_quotes(path: Path, separator: str) -> bool:
                 if is_quoted and not needs_quotes:
                     needless.add(column)
                 elif value and not is_quoted and number:
-                    plain.add(column)
-    return any_quoted and not needless & plain
+                    unquoted_columns.add(column)
+    return any_quoted and not needless & unquoted_columns
 
 
 def _written_cells(line: str, separator: str) -> list[tuple[str, bool]] | None:
@@ -266,8 +266,8 @@ def _records(
     is_pair_list = table_format.header is not None
     for line, cells in rows:
         if is_pair_list:
-            name, *rest = cells
-            cells = [CAPTION_NUMBER.sub("", name), table_format.separator.join(rest)]
+            name, *caption_cells = cells
+            cells = [CAPTION_NUMBER.sub("", name), table_format.separator.join(caption_cells)]
         joined = NUMBER_AND_CAPTION.fullmatch(cells[-1])
         if header[1:] == ("comment_number", "comment") and len(cells) == 2 and joined:
             cells = [cells[0], joined[1], joined[2]]

@@ -119,7 +119,7 @@ def open_hub(uri: str, spec: OpenSpec) -> PairSource:
             return open_parquet(parts_of(parquet, uri), spec)
     loaded, folder = _load(uri)
     location = str(folder.resolve()) if _is_folder(name) else uri
-    return _open_loaded(loaded, uri=uri, place=location, folder=folder, spec=spec)
+    return _open_loaded(loaded, uri=uri, data_place=location, folder=folder, spec=spec)
 
 
 def is_dataset(value: object) -> bool:
@@ -131,7 +131,7 @@ def is_dataset(value: object) -> bool:
 def open_dataset(dataset: Any, spec: OpenSpec) -> PairSource:
     """Open a `Dataset` or a `DatasetDict` that is in memory; raises as `open_hub` does."""
     uri = "a data set in memory"
-    return _open_loaded(dataset, uri=uri, place=uri, folder=Path.cwd(), spec=spec)
+    return _open_loaded(dataset, uri=uri, data_place=uri, folder=Path.cwd(), spec=spec)
 
 
 def _is_saved(folder: Path) -> bool:
@@ -139,13 +139,19 @@ def _is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _open_loaded(loaded: Any, uri: str, place: str, folder: Path, spec: OpenSpec) -> PairSource:
+def _open_loaded(
+    loaded: Any,
+    uri: str,
+    data_place: str,
+    folder: Path,
+    spec: OpenSpec,
+) -> PairSource:
     """Open a loaded data set.
 
     Args:
         loaded: A `Dataset` or `DatasetDict`.
         uri: How the user named it.
-        place: Where it is.
+        data_place: Where it is.
         folder: Folder that its images may be files of.
         spec: What the user asked for.
     """
@@ -169,7 +175,9 @@ def _open_loaded(loaded: Any, uri: str, place: str, folder: Path, spec: OpenSpec
     if _is_image(features[columns.image]):
         require_only(spec, uri, *COLUMN_OPTIONS)
         media, rows, n_further = _with_images(splits, columns=columns, uri=uri, folder=folder)
-        source = source_of_rows(rows, origin=uri, media=replace(media, place=place), fields=fields)
+        source = source_of_rows(
+            rows, origin=uri, media=replace(media, place=data_place), fields=fields
+        )
         further = {FURTHER_IMAGES: n_further} if n_further else {}
         return replace(source, skipped={**source.skipped, **further})
     require_only(spec, uri, *COLUMN_OPTIONS, *FILE_OPTIONS)
@@ -361,8 +369,8 @@ def _present(
         for begin in range(0, len(table), step):
             column = table[begin : begin + step].column(0)
             if is_list(column.type):
-                counts = compute.list_value_length(column).to_pylist()
-                n_further += sum(max(0, (count or 0) - 1) for count in counts)
+                list_lengths = compute.list_value_length(column).to_pylist()
+                n_further += sum(max(0, (count or 0) - 1) for count in list_lengths)
             contents, path_array = image_fields(column)
             has_bytes = compute.is_valid(contents).to_pylist()
             step_paths = [None] * len(column) if path_array is None else path_array.to_pylist()

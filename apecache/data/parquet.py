@@ -332,7 +332,7 @@ def _require_rows(rows: list[TableRow], location: object) -> list[TableRow]:
 
 
 def _with_images(
-    parts: ParquetParts,
+    parquet_parts: ParquetParts,
     tables: Sequence[_PartTable],
     fields: SourceFields,
     folder: Path,
@@ -341,27 +341,27 @@ def _with_images(
     row_places: list[ParquetRow] = []
     numbers: list[str] = []
     paths: list[str | None] = []
-    for file, (table, name) in enumerate(zip(tables, parts.names, strict=True)):
+    for file, (table, name) in enumerate(zip(tables, parquet_parts.names, strict=True)):
         first_row = len(row_places)
         for group, n_rows in enumerate(table.group_rows):
             row_places += [ParquetRow(file, group, row) for row in range(n_rows)]
         prefix = f"{name}/" if name else ""
         numbers += [f"{prefix}{row}" for row in range(len(row_places) - first_row)]
         paths += table.paths
-    groups = RowGroups(parts.paths, tables[0].columns.image)
+    groups = RowGroups(parquet_parts.paths, tables[0].columns.image)
     keys = image_keys(paths, numbers, lambda row: _digest(groups, row_places[row]))
-    places: dict[str, ParquetRow] = {}
+    place_of_key: dict[str, ParquetRow] = {}
     for key, row_place in zip(keys, row_places, strict=True):
-        places.setdefault(key, row_place)
+        place_of_key.setdefault(key, row_place)
     rows: list[TableRow] = []
     remaining = iter(keys)
-    for table, split in zip(tables, parts.splits, strict=True):
+    for table, split in zip(tables, parquet_parts.splits, strict=True):
         part_keys = [next(remaining) for _ in table.records]
         rows += [replace(row, split=row.split or split) for row in table.rows(part_keys)]
     source = source_of_rows(
-        _require_rows(rows, parts.origin),
-        origin=parts.origin,
-        media=TableMedia(groups=groups, places=places, files=FolderMedia(root=folder)),
+        _require_rows(rows, parquet_parts.origin),
+        origin=parquet_parts.origin,
+        media=TableMedia(groups=groups, places=place_of_key, files=FolderMedia(root=folder)),
         fields=fields,
     )
     n_further = sum(table.n_further for table in tables)
@@ -369,9 +369,9 @@ def _with_images(
     return replace(source, skipped={**source.skipped, **further})
 
 
-def _digest(groups: RowGroups, place: ParquetRow) -> str:
+def _digest(groups: RowGroups, row_place: ParquetRow) -> str:
     try:
-        image = groups.read(place, str(place.row))
+        image = groups.read(row_place, str(row_place.row))
         return content_hash(image)
     except RowError:
         return ""
@@ -432,7 +432,7 @@ def _group_rows(file: "pq.ParquetFile", path: Path) -> list[int]:
     """
     # The footer also describes single columns, but pyarrow aborts the process on a damaged
     # description: only the row group's own size is read.
-    counts = []
+    n_rows_of_groups = []
     for group in range(file.metadata.num_row_groups):
         described = file.metadata.row_group(group)
         if described.total_byte_size > MAX_GROUP_BYTES:
@@ -441,5 +441,5 @@ def _group_rows(file: "pq.ParquetFile", path: Path) -> list[int]:
                 f"the table with smaller ones (row_group_size=100), at most "
                 f"{MAX_GROUP_BYTES / 1e9:.1f} GB each"
             )
-        counts.append(int(described.num_rows))
-    return counts
+        n_rows_of_groups.append(int(described.num_rows))
+    return n_rows_of_groups

@@ -121,7 +121,7 @@ class OpenSpec:
 
 def recorded_options(spec: OpenSpec) -> dict[str, Json]:
     """Return the options that were given, as JSON: with them the source opens again."""
-    given: dict[str, Json] = {}
+    option_values: dict[str, Json] = {}
     for field in fields(spec):
         value = getattr(spec, field.name)
         if field.name == "require" or value == field.default:
@@ -131,8 +131,8 @@ def recorded_options(spec: OpenSpec) -> dict[str, Json]:
         if field.name == "allow_root":
             value = tuple(map(_absolute, value))
         is_many = isinstance(value, tuple)
-        given[field.name] = [_as_json(entry) for entry in value] if is_many else value
-    return given
+        option_values[field.name] = [_as_json(entry) for entry in value] if is_many else value
+    return option_values
 
 
 def spec_of_options(options: Mapping[str, Json]) -> OpenSpec:
@@ -145,9 +145,9 @@ def spec_of_options(options: Mapping[str, Json]) -> OpenSpec:
     return OpenSpec(**values)
 
 
-def _absolute(place: AnyPath) -> str:
+def _absolute(given_path: AnyPath) -> str:
     """Return a path that is the same in every working folder; a URL stays."""
-    return str(place) if is_url(str(place)) else os.path.abspath(place)
+    return str(given_path) if is_url(str(given_path)) else os.path.abspath(given_path)
 
 
 def _as_json(entry: object) -> Json:
@@ -186,14 +186,14 @@ def distinct_splits(names: Iterable[str]) -> dict[str, str]:
     its name.
     """
     order = list(SPLITS)
-    given = list(dict.fromkeys(names))
-    known = sorted((name for name in given if name in SPLITS), key=order.index)
+    unique_names = list(dict.fromkeys(names))
+    known_names = sorted((name for name in unique_names if name in SPLITS), key=order.index)
     split_of: dict[str, str] = {}
-    for name in known:
+    for name in known_names:
         split = SPLITS[name]
-        is_taken = split in split_of.values() or (split in given and split != name)
+        is_taken = split in split_of.values() or (split in unique_names and split != name)
         split_of[name] = name if is_taken else split
-    return {name: split_of.get(name, name) for name in given}
+    return {name: split_of.get(name, name) for name in unique_names}
 
 
 def is_url(text: str) -> bool:

@@ -189,12 +189,12 @@ def _write_pairs(arrow: Any, store: FeatureStore, embedded: Embeddings, out: Pat
     text = embedded.text.cpu().numpy()
     # The vector of an image stands beside each of its captions.
     owners = embedded.image_of_text.cpu().numpy()
-    for part, first in enumerate(range(0, len(text), PART_ROWS)):
+    for part_number, first in enumerate(range(0, len(text), PART_ROWS)):
         rows = slice(first, first + PART_ROWS)
-        np.save(out / "img_emb" / f"img_emb_{part}.npy", image[owners[rows]])
-        np.save(out / "text_emb" / f"text_emb_{part}.npy", text[rows])
+        np.save(out / "img_emb" / f"img_emb_{part_number}.npy", image[owners[rows]])
+        np.save(out / "text_emb" / f"text_emb_{part_number}.npy", text[rows])
         columns = _columns(store, embedded.text_rows[rows], is_image=False)
         # clip-retrieval's back end shows a column of this name.
         columns = {"image_path": columns.pop("path"), **columns}
         table = arrow.table(columns)
-        arrow.parquet.write_table(table, out / "metadata" / f"metadata_{part}.parquet")
+        arrow.parquet.write_table(table, out / "metadata" / f"metadata_{part_number}.parquet")

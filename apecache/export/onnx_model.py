@@ -133,13 +133,13 @@ def text_prefix_of(encoder: TextEncoder) -> str:
 
 def _write_graph(folder: Path, name: str, dtype: GraphDtype, export: Any) -> None:
     """Write a graph in float32, and in its place the one of another dtype."""
-    plain = folder / f"{name}.onnx"
-    export(plain)
+    float32_graph = folder / f"{name}.onnx"
+    export(float32_graph)
     if dtype == "float32":
         return
     converted = folder / f"{name}{GRAPH_SUFFIXES[dtype]}.onnx"
-    quantize_graph(plain, converted, dtype)
-    plain.unlink()
+    quantize_graph(float32_graph, converted, dtype)
+    float32_graph.unlink()
     require_loadable(converted, dtype)
 
 

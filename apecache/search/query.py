@@ -275,8 +275,8 @@ class SearchIndex:
         Returns:
             The cosine; None for an index that was built without it, or with too few rows.
         """
-        part = self._part(target)
-        value = (self.description.get("nothing_found") or {}).get(part)
+        target_part = self._part(target)
+        value = (self.description.get("nothing_found") or {}).get(target_part)
         return None if value is None else float(value)
 
     def _part(self, target: Target) -> Part:

@@ -201,7 +201,10 @@ def _columns(layout: _BlockRows, used: dict[Modality, NDArray[np.int64]]) -> Pai
     for store in layout.stores:
         contents += read_contents(store.files)
     for array in layout.arrays("image"):
-        contents = [known or new for known, new in zip(contents, array.content(), strict=True)]
+        contents = [
+            known_content or new
+            for known_content, new in zip(contents, array.content(), strict=True)
+        ]
     keys = table.keys[images].tolist()
     captions = table.captions[texts].tolist()
     new_row = np.full(len(table.keys) + 1, -1, np.int64)

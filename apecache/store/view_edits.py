@@ -82,8 +82,8 @@ def parse_rule(rule: str) -> tuple[tuple[tuple[str, float], ...], str, int]:
     """Parse what `split_rule` returns."""
     by, seed, shares = rule.split(";", 2)
     fractions: list[tuple[str, float]] = []
-    for part in shares.split(","):
-        name, _, share = part.rpartition("=")
+    for split_share in shares.split(","):
+        name, _, share = split_share.rpartition("=")
         fractions.append((name, float(share)))
     return tuple(fractions), by, int(seed)
 
@@ -185,29 +185,31 @@ def delete_rows(files: Files, keep: Callable[[PairTable], NDArray[np.bool_]]) ->
     """
     view = newest_view(files)
     table = view.table
-    kept = keep(table)
-    n_deleted = int((~kept).sum())
-    if n_deleted in (0, len(kept)):
+    kept_images = keep(table)
+    n_deleted = int((~kept_images).sum())
+    if n_deleted in (0, len(kept_images)):
         raise DataError(
-            f"{files.place}: {n_deleted} of {len(kept)} images would be deleted; expected at least "
-            "one, and not all"
+            f"{files.place}: {n_deleted} of {len(kept_images)} images would be deleted; "
+            "expected at least one, and not all"
         )
-    texts = kept[table.image_rows]
-    new_row = np.cumsum(kept) - 1
+    texts = kept_images[table.image_rows]
+    new_row = np.cumsum(kept_images) - 1
     new_table = PairTable(
-        keys=table.keys[kept],
-        splits=table.splits[kept],
-        labels=table.labels[kept],
+        keys=table.keys[kept_images],
+        splits=table.splits[kept_images],
+        labels=table.labels[kept_images],
         captions=table.captions[texts],
         languages=table.languages[texts],
         image_rows=new_row[table.image_rows[texts]],
         digest="",
     )
     rows: dict[Modality, NDArray[np.int64]] = {
-        "image": view.content_rows("image")[kept],
+        "image": view.content_rows("image")[kept_images],
         "text": view.content_rows("text")[texts],
     }
-    return edited_view(files, view, new_table, rows=rows, problems=view.problems[kept].tolist())
+    return edited_view(
+        files, view, new_table, rows=rows, problems=view.problems[kept_images].tolist()
+    )
 
 
 def edited_view(
@@ -268,7 +270,7 @@ def table_digest(table: PairTable) -> str:
         languages[row].append(str(language))
     strings: list[str] = []
     for row, key in enumerate(table.keys):
-        counts = str(len(captions[row]))
-        strings += [str(key), str(table.splits[row]), str(table.labels[row]), counts]
+        caption_count = str(len(captions[row]))
+        strings += [str(key), str(table.splits[row]), str(table.labels[row]), caption_count]
         strings += [*captions[row], *languages[row]]
     return digest_strings(strings)

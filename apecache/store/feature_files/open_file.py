@@ -114,15 +114,15 @@ def _with_keys_beside(opened: FeatureFile, folder: Path) -> FeatureFile:
     """Add the keys of a list beside the features, if it has as many lines as an array has rows."""
     if any(name in opened.columns for name in ("key", "keys")):
         return opened
-    sizes = {rows.n_rows for rows in opened.features.values()}
+    row_counts = {rows.n_rows for rows in opened.features.values()}
     for name in KEY_FILES:
         path = folder / name
         if path.is_file():
             keys = read_keys(path)
-            if len(keys) not in sizes:
+            if len(keys) not in row_counts:
                 raise DataError(
-                    f"{path} has {len(keys):,} lines, {opened.origin} {max(sizes, default=0):,} "
-                    "rows; expected one key for each row"
+                    f"{path} has {len(keys):,} lines, {opened.origin} "
+                    f"{max(row_counts, default=0):,} rows; expected one key for each row"
                 )
             return replace(opened, columns={**opened.columns, "key": partial(_same, keys)})
     return opened

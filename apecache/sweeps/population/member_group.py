@@ -109,13 +109,13 @@ class MemberGroup:
         """
         members = self.members
         plan = self.plan
-        drawn = draw_stacked(members, train, plan)
+        drawn_batches = draw_stacked(members, train, plan)
         scalars_of_steps = self._scalars_of_epoch()
         with float32_products(self.streams.device, tf32=True), self._masks():
             while members[0].in_epoch < plan.per_epoch and members[0].step < plan.n_steps:
                 for member in members:
                     set_rates(member, plan)
-                losses = self._step(drawn, standardized, next(scalars_of_steps, None))
+                losses = self._step(drawn_batches, standardized, next(scalars_of_steps, None))
                 for member, loss in zip(members, losses.unbind(), strict=True):
                     member.losses.append(loss)
                     member.step = member.step + 1
@@ -128,12 +128,12 @@ class MemberGroup:
     @torch.no_grad()
     def _step(
         self,
-        drawn: Iterator[StackedBatch],
+        batch_iterator: Iterator[StackedBatch],
         standardized: bool,
         scalars: Tensor | None,
     ) -> Tensor:
         """Take one step and return its losses, float [k]."""
-        micro_batches = (next(drawn) for _ in range(self.plan.accumulate))
+        micro_batches = (next(batch_iterator) for _ in range(self.plan.accumulate))
         # The first step makes what a record needs, such as the handles of libraries.
         if self.recorder is None or not self.is_warm:
             self.is_warm = True
@@ -230,12 +230,12 @@ class MemberGroup:
             self.updates = [direct_update(_optimizer(member)) for member in self.members]
 
     def _add_gradients(self, batch: StackedBatch, standardized: bool) -> Tensor:
-        seen = self._seen(batch)
-        image, text = self._forward(seen.image, seen.text, standardized)
-        if self._are_plain(seen):
+        seen_batch = self._seen(batch)
+        image, text = self._forward(seen_batch.image, seen_batch.text, standardized)
+        if self._are_plain(seen_batch):
             contrast = self._contrast(image, text)
         else:
-            contrast = self._one_by_one(seen, image, text)
+            contrast = self._one_by_one(seen_batch, image, text)
         return self._backward(*contrast)
 
     def _are_plain(self, batch: StackedBatch) -> bool:
