@@ -343,6 +343,7 @@ def _side_of_source(source: str | None, side_options: OneSideOptions) -> str | N
         side_options.keys,
         side_options.views or None,
     )
+    # Options of one side mean nothing until it is said which side that is.
     if side_options.modality is None:
         if any(option is not None for option in options):
             raise OptionError(
@@ -379,6 +380,7 @@ def _input(
         features = source
         options = {name: getattr(one_side, name) or options[name] for name in names}
     if features is None:
+        # An option that has no effect is refused: the user expects one.
         unused = [f"--{side}-{name}" for name, value in options.items() if value]
         if unused:
             raise OptionError(f"{unused[0]} is about the features of --{side}; give them too")

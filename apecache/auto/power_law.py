@@ -57,6 +57,7 @@ def fit_power_law(n_images: Sequence[float], recalls: Sequence[float]) -> PowerL
     if len(np.unique(image_counts)) < 2:
         raise ValueError("a law needs at least two different numbers of images")
     best: tuple[float, PowerLaw] | None = None
+    # For a fixed exponent the law is linear, so a grid finds the best fit for certain.
     for exponent in EXPONENTS.tolist():
         law = _with_exponent(image_counts, values, exponent)
         predicted = law.limit - law.scale * image_counts**-exponent
@@ -77,6 +78,7 @@ def _with_exponent(
     centered = decay - decay.mean()
     scale = -float((centered * values).sum() / np.square(centered).sum())
     limit = float(values.mean() + scale * decay.mean())
+    # Recalls that fall with more images are noise: the curve is flat then.
     if scale < 0:
         return PowerLaw(limit=float(values.mean()), scale=0.0, exponent=exponent)
     if limit > 100:
@@ -103,6 +105,7 @@ def predict(
     law = _fit_all(recalls)
     generator = np.random.default_rng(seed)
     laws: list[PowerLaw] = []
+    # Seeds are drawn anew within each size: sizes are chosen, and not random.
     for _ in range(n_draws):
         resampled: dict[int, list[float]] = {}
         for n_images, values in recalls.items():
@@ -116,6 +119,7 @@ def predict(
         prediction = Prediction(
             n_images=target,
             recall=recall,
+            # Few seeds may give an interval beside the fit; it is widened to hold it.
             low=min(low, recall),
             high=max(high, recall),
         )

@@ -113,6 +113,7 @@ def open_hub(uri: str, spec: OpenSpec) -> PairSource:
     """
     name = uri.removeprefix(PREFIX)
     folder = Path(name).expanduser()
+    # A cloned data set is read as Parquet, which needs no `datasets` and no copy in a cache.
     if _is_folder(name) and folder.is_dir() and not _is_saved(folder):
         parquet = sorted(folder.rglob("*.parquet"))
         if parquet:
@@ -162,6 +163,7 @@ def _open_loaded(
         raise ManifestError(f"{uri}: the data set has no rows; expected a row for every image")
     features: dict[str, Any] = {}
     for split in splits:
+        # The first split goes first: its types are those of columns that several have.
         features = {**split.data.features, **features}
     columns = _choose(features, uri, spec)
     if any(columns.image not in split.data.features for split in splits):
@@ -245,6 +247,7 @@ def _list_element(feature: Any) -> Any:
     """Return the feature of a list's elements; None for what is not a list."""
     if isinstance(feature, list):
         return feature[0]
+    # By name: older versions of `datasets` lack some of these classes.
     is_list = type(feature).__name__ in ("List", "LargeList", "Sequence")
     return feature.feature if is_list else None
 
@@ -302,6 +305,7 @@ def _with_images(
     """
     images = []
     for split in splits:
+        # Without decoding: only bytes and paths are looked at here.
         column = split.data.select_columns([columns.image]).with_format(None)
         feature = _undecoded(column.features[columns.image])
         images.append(column.cast_column(columns.image, feature).with_format("arrow"))
@@ -325,6 +329,7 @@ def _with_images(
         except RowError:
             return ""
 
+    # Rows of one path may differ in content, which only the hash shows.
     keys = image_keys(paths, numbers, digest)
     first: dict[str, HubRow] = {}
     for key, row_place, has_image in zip(keys, row_places, present, strict=True):

@@ -113,7 +113,9 @@ def open_parquet(parts: ParquetParts, spec: OpenSpec) -> PairSource:
     fields = source_fields(first.columns, names)
     if first.columns.split is None and any(parts.splits):
         fields = replace(fields, split="file")
+    # Paths of images are relative to the folder that holds all files of the table.
     folder = Path(os.path.commonpath([path.absolute().parent for path in parts.paths]))
+    # One file with bytes is enough: in another, every image may be missing.
     if any(table.has_images for table in tables):
         require_only(spec, parts.origin, *COLUMN_OPTIONS)
         return _with_images(parts, tables=tables, fields=fields, folder=folder)
@@ -181,6 +183,7 @@ def _read_part(path: Path, spec: OpenSpec) -> _PartTable:
         columns = choose_columns(schema.names, path, spec)
         column_type = _value_type(schema.field(columns.image).type)
         _require_images(column_type, columns.image, path)
+        # A struct may hold bytes or name files; only the values tell which.
         has_images = _is_binary(column_type) or _has_bytes(file, columns.image)
         paths, n_further = _paths(file, columns.image, column_type)
         return _PartTable(
@@ -272,6 +275,7 @@ def _records(
     """Yield the values of all columns but the images', with class labels as names."""
     names = [name for name in columns.names if name in file.schema_arrow.names]
     if not names:
+        # A table of images alone has rows too.
         yield from ({} for _ in range(file.metadata.num_rows))
         return
     batches = file.iter_batches(columns=names)
@@ -300,6 +304,7 @@ def _all(file: "pq.ParquetFile", values: Iterable[T]) -> Iterator[T]:
     count = 0
     n_rows = file.metadata.num_rows
     for count, value in enumerate(values, 1):
+        # What is too much is only counted, so that the error can say how much there is.
         if count <= n_rows:
             yield value
     if count != n_rows:
@@ -349,9 +354,11 @@ def _with_images(
         numbers += [f"{prefix}{row}" for row in range(len(row_places) - first_row)]
         paths += table.paths
     groups = RowGroups(parquet_parts.paths, tables[0].columns.image)
+    # Hashing is left to rows whose path is not unique: it decodes whole row groups.
     keys = image_keys(paths, numbers, lambda row: _digest(groups, row_places[row]))
     place_of_key: dict[str, ParquetRow] = {}
     for key, row_place in zip(keys, row_places, strict=True):
+        # Rows of one key are one image, read where it comes first.
         place_of_key.setdefault(key, row_place)
     rows: list[TableRow] = []
     remaining = iter(keys)
@@ -373,6 +380,7 @@ def _digest(groups: RowGroups, row_place: ParquetRow) -> str:
     try:
         image = groups.read(row_place, str(row_place.row))
         return content_hash(image)
+    # An image that cannot be read is reported when it is encoded.
     except RowError:
         return ""
 
@@ -410,6 +418,7 @@ def _paths(
     """Return the path of each row's image, if there is one, and the number of further images."""
     has_lists = is_list(file.schema_arrow.field(column).type)
     leaf = _leaf(file, column, "path") if _is_struct(value_type) else column
+    # Bytes have no path, so the column need not be read at all.
     if _is_binary(value_type) and not has_lists:
         return [None] * int(file.metadata.num_rows), 0
     paths: list[str | None] = []

@@ -65,6 +65,7 @@ def open_shards(tars: Sequence[Path], origin: str, spec: OpenSpec) -> PairSource
     samples: list[_Sample] = []
     for number, path in enumerate(tars):
         samples += reader.samples(path, number)
+    # By identity: keys are made unique below, and may repeat until then.
     images = {id(sample): reader.image(sample) for sample in samples}
     if not any(images.values()):
         members = f"expected members named KEY.{{{','.join(IMAGES[:4])},…}}"

@@ -121,11 +121,14 @@ class OpenSpec:
 
 def recorded_options(spec: OpenSpec) -> dict[str, Json]:
     """Return the options that were given, as JSON: with them the source opens again."""
+    # Defaults are left out: the record says what the user said.
     option_values: dict[str, Json] = {}
     for field in fields(spec):
         value = getattr(spec, field.name)
+        # What must be there is a condition of the command, and not of the source.
         if field.name == "require" or value == field.default:
             continue
+        # The store is opened from other working folders as well.
         if field.name in ("root", "split_file"):
             value = _absolute(value)
         if field.name == "allow_root":
@@ -174,6 +177,7 @@ def require_only(spec: OpenSpec, where: object, *allowed: str) -> None:
 def kind_of(path: AnyPath) -> str:
     """Return the ending of a file in lower case, without that of a compressed file."""
     suffixes = PurePath(path).suffixes
+    # `pairs.csv.gz` is a CSV.
     if suffixes and suffixes[-1].lower() in COMPRESSED_SUFFIXES:
         suffixes.pop()
     return suffixes[-1].lower() if suffixes else ""
@@ -191,6 +195,7 @@ def distinct_splits(names: Iterable[str]) -> dict[str, str]:
     split_of: dict[str, str] = {}
     for name in known_names:
         split = SPLITS[name]
+        # A name that is a split itself goes before one that only means it.
         is_taken = split in split_of.values() or (split in unique_names and split != name)
         split_of[name] = name if is_taken else split
     return {name: split_of.get(name, name) for name in unique_names}

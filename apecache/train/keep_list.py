@@ -79,10 +79,12 @@ def read_keep_list(path: Path, pairs: PairTable) -> NDArray[np.bool_]:
     kept_captions = np.zeros(len(pairs.captions), dtype=bool)
     known_pairs: set[tuple[str, str]] = set()
     for row_number, image_row in enumerate(pairs.image_rows.tolist()):
+        # By key and caption, and not by row: the store may have been made again since.
         pair = (str(pairs.keys[image_row]), str(pairs.captions[row_number]))
         if pair in named:
             kept_captions[row_number] = True
             known_pairs.add(pair)
+    # A caption that is not there means another store, or one that has changed.
     unknown = named - known_pairs
     if unknown:
         key, caption = min(unknown)
