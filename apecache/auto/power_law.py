@@ -57,7 +57,7 @@ def fit_power_law(n_images: Sequence[float], recalls: Sequence[float]) -> PowerL
     if len(np.unique(image_counts)) < 2:
         raise ValueError("a law needs at least two different numbers of images")
     best: tuple[float, PowerLaw] | None = None
-    # For a fixed exponent the law is linear, so a grid finds the best fit for certain.
+    # For a fixed exponent the law is linear: a grid cannot end in a local minimum.
     for exponent in EXPONENTS.tolist():
         law = _with_exponent(image_counts, values, exponent)
         predicted = law.limit - law.scale * image_counts**-exponent
