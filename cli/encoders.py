@@ -128,6 +128,7 @@ def encoder_specs(
 
     parsed_cuts = [parse_cut(cut) for cut in cuts or ["default"]]
     specs = [parse_encoder(name, modality) for name in names or ()]
+    # Encoders outside, cuts inside: the cuts of one encoder follow one another.
     return tuple(
         replace(spec, pooling=pooling, layer=layer, dtype=dtype, **settings)
         for spec in specs
@@ -162,6 +163,7 @@ def view_spec(text: str) -> "Views":
                 case _:
                     raise ValueError
         names = [entry.partition("=")[0] for entry in entries]
+        # All mistakes get one message, which shows the form that is expected.
         if not 0 < scale[0] <= scale[1] <= 1 or seed < 0 or len(set(names)) < len(names):
             raise ValueError
     except ValueError:

@@ -218,7 +218,7 @@ def evaluate(
     with ending():
         task = task_options.task
         choice("--task", task, TASKS)
-        given = {
+        task_values = {
             "store": task_options.store,
             "view": task_options.view,
             "labels": task_options.labels,
@@ -226,7 +226,8 @@ def evaluate(
             **vars(retrieval_options),
             **vars(class_options),
         }
-        _require_effect(task, [name for name, value in given.items() if value])
+        _require_effect(task, [name for name, value in task_values.items() if value])
+        # Options are refused before anything is downloaded.
         from apecache.runs.remote import fetched_run
 
         # A run on object storage is a local copy until the end of the block.
@@ -317,6 +318,7 @@ def show_suite(run: str, result: dict[str, Any]) -> None:
     columns = ("data set", "figure", "%", "95 % interval", "images")
     show_table(f"{result['suite']}: {run}", columns, rows)
     if result["main_score"] is not None:
+        # DataComp's score is the mean over 38 tasks: one over fewer must say so.
         n_measured = 38 - len(result["missing"])
         typer.echo(
             f"mean of the {n_measured} of 38 tasks that were measured: "
@@ -393,6 +395,7 @@ def retrieval(
         split=split,
         open_image=opener(request.source_options.root, opened),
     )
+    # Recalls on images that chose the epoch are too good, so the table says it.
     was_seen = was_split_seen(
         loaded.training,
         opened.trained_digest(loaded.training.get("data")),
@@ -433,6 +436,7 @@ def image_opener(store: "FeatureStore", root: str | None) -> "OpenImage":
     from apecache.data.images import load_image
     from apecache.data.media import media_at, media_below
 
+    # A store that was moved does not know where its images are: --root says it.
     media = media_below(root) if root else media_at(str(store.source.get("root", "")))
     return lambda key: load_image(key, media).image
 
@@ -558,6 +562,7 @@ def show_retrieval(run: str, result: dict[str, Any]) -> None:
         rows.append(recall_row(result["baseline"]["name"], result["baseline"]))
         rows += interval_rows(result["baseline"]["intervals"])
     rows.append(recall_row("chance", result["chance"]))
+    # Chance differs by language, as the numbers of texts do.
     for language, report in result["languages"].items():
         name = language or "(no language)"
         rows.append(recall_row(f"{name}: {counted(report['n_texts'], 'text')}", report))

@@ -203,6 +203,7 @@ def extract(
 def roles(encoders: EncoderOptions) -> "list[Role]":
     """Return what the source must have for these encoders."""
     required: list[Role] = []
+    # A source without captions is enough for an image encoder, and the reverse.
     if both_sides(encoders.model, encoders.image):
         required.append("image")
     if both_sides(encoders.model, encoders.text):
@@ -230,6 +231,7 @@ def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> 
     from apecache.extraction.run import ExtractSpec
     from apecache.extraction.shard_range import WHOLE, parse_part
 
+    # Before the first batch, whose activations would otherwise be cleared page by page.
     keep_freed_memory()
     # `choice` has checked it; the type of the field is a Literal, which an option is not.
     storage_dtype: Any = write.storage
@@ -258,6 +260,7 @@ def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> 
 
 def run_on(cluster: "RaySpec | None") -> "Callable[..., ExtractReport]":
     """Return `extract` for this machine, or for a Ray cluster."""
+    # Ray is imported where it is asked for only.
     if cluster is None:
         from apecache.extraction.run import extract
 
@@ -329,6 +332,7 @@ def show_extracted(report: "ExtractReport", source: "PairSource", json: bool) ->
     for array in report.arrays:
         for example in array.examples:
             warn(f"{array.modality} {example}")
+        # Without further rows the examples above have named them all.
         if array.n_quarantined > len(array.examples):
             warn(
                 f"{counted(array.n_quarantined, f'unreadable {array.modality} row')} in total; "
@@ -377,6 +381,7 @@ def show_extracted(report: "ExtractReport", source: "PairSource", json: bool) ->
                 )
             )
         show_table(str(report.store), columns, rows)
+        # One part of several is complete while the store is not.
         progress_of_store = "" if report.part.whole else f"; {standing(report)}"
         typer.echo(summary(report) + progress_of_store)
 

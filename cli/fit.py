@@ -101,6 +101,7 @@ def fit_head(
         from apecache.recipes.recipe import load_recipe
 
         loaded = load_recipe(recipe, set_ or ())
+        # Before the imports of the trainer, which take seconds.
         if not loaded.trains_heads_alone:
             remedy = "use apecache fit-encoder"
             raise RecipeError(f"recipe {loaded.name} trains more than heads: {remedy}")
@@ -385,6 +386,7 @@ def ensemble(
         from apecache.runs.load import require_head_run
         from apecache.storage.replace import undone_on_error
 
+        # Before the runs are read.
         require_new(out, "run folder")
         for run in runs:
             require_head_run(run, "ensemble")
@@ -430,8 +432,10 @@ def epoch_display(
         return
     from apecache.train.trackers import parse_tracker, track_fit
 
+    # All of them are checked before the first one opens a run at its service.
     for tracker in trackers:
         parse_tracker(tracker)
+    # A URL is no path: its last part is taken as text.
     name = out.rstrip("/").rpartition("/")[2]
     with ExitStack() as stack:
         logs = [

@@ -328,7 +328,7 @@ def import_spec(
     )
 
 
-def _side_of_source(source: str | None, given: OneSideOptions) -> str | None:
+def _side_of_source(source: str | None, side_options: OneSideOptions) -> str | None:
     """Return the side of a source that has one only; None for a source of both, or none.
 
     Raises:
@@ -336,18 +336,25 @@ def _side_of_source(source: str | None, given: OneSideOptions) -> str | None:
     """
     from apecache.errors import OptionError
 
-    options = (given.name, given.encoder, given.field, given.keys, given.views or None)
-    if given.modality is None:
+    options = (
+        side_options.name,
+        side_options.encoder,
+        side_options.field,
+        side_options.keys,
+        side_options.views or None,
+    )
+    # Options of one side mean nothing until it is said which side that is.
+    if side_options.modality is None:
         if any(option is not None for option in options):
             raise OptionError(
                 "--name, --encoder, --field, --keys and --views are about SOURCE with --modality; "
                 "for --image and --text give --image-name, --text-name and so on"
             )
         return None
-    choice("--modality", given.modality, ("image", "text"))
+    choice("--modality", side_options.modality, ("image", "text"))
     if source is None:
         raise OptionError("--modality is the side of SOURCE; give SOURCE, or --image and --text")
-    return given.modality
+    return side_options.modality
 
 
 def _input(
@@ -373,6 +380,7 @@ def _input(
         features = source
         options = {name: getattr(one_side, name) or options[name] for name in names}
     if features is None:
+        # An option that has no effect is refused: the user expects one.
         unused = [f"--{side}-{name}" for name, value in options.items() if value]
         if unused:
             raise OptionError(f"{unused[0]} is about the features of --{side}; give them too")

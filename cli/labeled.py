@@ -58,6 +58,7 @@ class LabeledOptions:
         from apecache.evaluate.labeled import LabeledSpec, is_writable
 
         caches = self.run / "caches"
+        # Better said before hours of encoding than after them.
         if not caches.exists() and not is_writable(caches):
             warn(
                 f"{self.run} is read-only: the features of {self.labels} are not saved and will be "

@@ -279,6 +279,7 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
             groups[name] = annotation
             parameters.extend(_parameters_of(annotation))
         else:
+            # By keyword only, because typer passes all values by name.
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @wraps(command)

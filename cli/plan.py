@@ -191,6 +191,7 @@ def plan(
         from apecache.plan.devices import find_device
         from apecache.recipes.recipe import load_recipe
 
+        # Options and recipes are checked before encoders are opened, which takes seconds.
         spec = _plan_spec(data, machine)
         loaded = [load_recipe(name, set_ or ()) for name in recipe]
         if data.sample is not None and machine.device != "here":
@@ -203,6 +204,7 @@ def plan(
             text=_chosen(model, text, "--text"),
             teacher=teacher,
         )
+        # One plan after another: a timed plan needs the whole device.
         plans = []
         for loaded_recipe in loaded:
             plans.append(_plan(loaded_recipe, encoders, data=data, spec=spec, device=device))
@@ -217,6 +219,7 @@ def _chosen(model: str | None, side: str | None, option: str) -> str:
     """
     from apecache.errors import OptionError
 
+    # The side's own option goes before --model.
     name = side or model
     if name is None:
         raise OptionError(f"no encoder: give {option}, or --model for both sides")
@@ -287,6 +290,7 @@ def _plan(
     from apecache.plan.plan import plan as run
 
     image, text = encoders.specs(recipe, data)
+    # A teacher without a recipe that distills costs nothing.
     teacher_sizes = None
     if encoders.teacher and recipe.distillation:
         teacher_sizes = partial(_teacher_sizes, recipe.distillation, encoders.teacher, spec)
@@ -324,6 +328,7 @@ def _teacher_sizes(
     from apecache.plan.counting_shared import count_teacher
 
     (spec,) = encoder_specs([teacher], modality="image", cuts=None, dtype="float32")
+    # Distilled classes go through the teacher's classifier, which is counted as well.
     n_classes = count_classes(spec) if distillation.kind == "classes" else None
     return count_teacher(shape_tower(spec, is_frozen=True), settings, n_classes)
 
@@ -360,6 +365,7 @@ def _compare(plans: "list[Plan]", rows: int) -> None:
             )
         )
     show_table(f"{counted(rows, 'image')} on {_device(plans[0])}", columns, lines)
+    # The reasons do not fit into a cell of the table.
     for plan in plans:
         for line in _memory_lines(plan):
             typer.echo(line)
@@ -407,6 +413,7 @@ def _show(plan: "Plan", rows: int) -> None:
     )
     lines = []
     for name, cost in costs:
+        # The other two ways of training run the towers anew, and read no cache.
         cache = _bytes(plan.cache_bytes) if name == "as planned" else "none"
         memory = _bytes(cost.peak_bytes)
         lines.append((name, cache, *_flops(cost), memory, *_time(cost)))
@@ -423,6 +430,7 @@ def _show(plan: "Plan", rows: int) -> None:
         f"{counted(rows, 'image')}, {counted(plan.n_steps, 'step')} of {plan.batch_size:,} pairs"
     )
     by_epoch = plan.steps_by_epoch
+    # With one caption for each image both ways of counting agree.
     if by_epoch["images"] != by_epoch["pairs"]:
         typer.echo(
             f"steps: {by_epoch['pairs']:,} if an epoch counts pairs, {by_epoch['images']:,} if it "
@@ -439,6 +447,7 @@ def _memory_lines(plan: "Plan") -> list[str]:
         f"{plan.recipe}: the peak memory of {_bytes(plan.planned.peak_bytes)} is beyond the "
         f"{_bytes(plan.device.memory_bytes)} of {plan.device.name}"
     )
+    # fit-head has no --slice: its batches are features, which are small beside the towers.
     if plan.path == "fit-head":
         return [f"{problem}; lower schedule.batch_size"]
     if plan.fitting_slice:

@@ -86,6 +86,7 @@ def report(
         from apecache.errors import OptionError
         from apecache.report.sweep_page import is_sweep, sweep_page
 
+        # A sweep has a page of its own: many trials on one dev split, and not one run.
         if any(is_sweep(run) for run in runs):
             if len(runs) > 1:
                 raise OptionError(
@@ -113,6 +114,7 @@ def page_path(runs: list[Path], out: Path | None) -> Path:
         raise OptionError("--out is missing: name the file for the page of several runs")
     run = runs[0].resolve()
     page = out or run.with_name(f"{run.name}-report.html")
+    # Refused before the measuring, which may take minutes.
     if not page.parent.is_dir() or page.is_dir():
         raise OptionError(
             f"--out {page}: expected a file in a folder that exists; choose another path"
@@ -135,6 +137,7 @@ def runs_page(runs: list[Path], out: Path, options: PageOptions, device: str) ->
     from apecache.errors import OptionError
     from apecache.report.report_page import ReportSpec, report_page
 
+    # These options choose what is measured, which the runs alone do not hold.
     needs_store = (options.split, options.root, options.source, options.baseline)
     if options.store is None and any(needs_store):
         raise OptionError(

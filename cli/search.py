@@ -76,6 +76,7 @@ def index(
     Example: apecache index run --store store --out index --update
     """
     with ending():
+        # Before the run is opened: wrong options cost no time.
         require_one_way(update, overwrite)
         require_trained_width(run, dim)
         if update:
@@ -124,6 +125,7 @@ def require_no_dim(dim: int | None) -> None:
 
 def require_trained_width(run: Path, dim: int | None) -> None:
     """Warn if the run was not trained for embeddings of this width."""
+    # The full width was trained in any case.
     if dim is None:
         return
     from apecache.runs.load import recorded_training
@@ -338,6 +340,7 @@ def search(
         # `choice` has checked it; the type of the argument is a Literal, which an option is not.
         aim: Any = target
         opened = open_options.open(index)
+        # The threshold belongs to one target, which depends on the kind of the query.
         threshold = opened.nothing_found(aim or opened.target_of(search_query))
         hits = opened.find(
             search_query,

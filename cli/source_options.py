@@ -203,6 +203,7 @@ class SourceOptions(OptionGroup):
         return OpenSpec(
             root=self.root,
             image_column=self.image_column,
+            # One name may hold wildcards; a tuple is a list of names.
             caption_column=columns[0] if len(columns) == 1 else columns or None,
             caption_template=self.caption_template,
             label_column=self.label_column,
@@ -250,6 +251,7 @@ def split_seed_of(text: str) -> tuple[str, int]:
     n_seeds = 0
     for entry in text.split(","):
         name, _, value = entry.partition("=")
+        # A second seed stays among the shares, which then do not add to 1.
         if name.strip() == "seed" and not n_seeds:
             seed = value.strip()
             n_seeds += 1

@@ -136,6 +136,7 @@ def info_row(array: dict[str, Any]) -> tuple[Any, ...]:
     """Return the table row of what `describe` returns."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(array["reasons"].items()))
     share_done = f"{array['done']:.0%}"
+    # All shards are there, but the run ended before it sealed them.
     if array["done"] >= 1 and not array["complete"]:
         share_done = "100%, not sealed"
     row_shape = " x ".join(map(str, array["row_shape"]))
@@ -158,6 +159,7 @@ def describe(array: "FeatureArray") -> dict[str, Any]:
     """Return the JSON form of an array."""
     record = array.record
     reasons: dict[str, int] = {}
+    # The reasons are read from file to file, so only where there are any.
     for row in array.quarantined() if array.n_quarantined else ():
         reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
     return {
@@ -261,6 +263,7 @@ def repair(
         from apecache.extraction.repair import repair as run
         from apecache.extraction.run import ExtractSpec
 
+        # Opened before the encoders: a wrong source costs no time.
         source = source_of(store, pairs, source_options.spec())
         moved_image = parse_encoder(image, "image") if image else None
         moved_text = parse_encoder(text, "text") if text else None
@@ -418,6 +421,7 @@ def export(
 
         if npz == parquet:
             raise OptionError("expected exactly one of --npz and --parquet")
+        # An empty folder is taken: it may be a mount point.
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise DataError(f"{out} exists already and is not overwritten; give another path")
         export_files = export_npz if npz else export_parquet

@@ -145,6 +145,7 @@ def sweep(
         cluster = ray_spec(ray)
         from apecache.sweeps.space import load_space
 
+        # The space is checked before the store is opened and before a cluster is asked.
         loaded = load_space(space, recipe)
         from apecache.store.reader import FeatureStore
 
@@ -246,6 +247,7 @@ def trial_display(trackers: list[str] | None, out: Path) -> Iterator["Callable[[
 
         def show_and_log(trial: "Trial") -> None:
             show_trial(trial)
+            # A failed trial has no figures to log.
             if trial.mean is not None:
                 figures = {"dev/mean_recall": trial.mean, "epochs": float(trial.epochs)}
                 for log in logs:

@@ -123,11 +123,11 @@ def split(
         FeatureStore.open(store)
         files = open_files(store)
         record = split_store(files, parse_fractions(fraction), by=by, seed=seed)
-        counts = FeatureStore.at(files).pairs.split_counts()
+        split_counts = FeatureStore.at(files).pairs.split_counts()
         if json:
-            show_json({"store": str(store), "view": record.view, "splits": counts})
+            show_json({"store": str(store), "view": record.view, "splits": split_counts})
         else:
-            shown = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+            shown = ", ".join(f"{name} {count:,}" for name, count in split_counts.items())
             typer.echo(f"{store}: view {record.view}: {shown}")
 
 

@@ -64,6 +64,7 @@ class SearchState:
         try:
             yield
         finally:
+            # Interrupted work counts too: the next call has only what is left.
             self.spent_seconds += time.perf_counter() - begin
             self.save()
 
@@ -86,6 +87,7 @@ def open_state(out: Path, identity: dict[str, Json], budget_seconds: float) -> S
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         rungs: dict[str, RungRecord] = {}
+        # Rungs that ended are not run again.
         for record in value["rungs"]:
             tried = tuple(record["tried"])
             rungs[record["name"]] = RungRecord(**{**record, "tried": tried})

@@ -193,6 +193,7 @@ def curate(store: FeatureStore, out: AnyPath, spec: CurateSpec | None = None) ->
     )
     scores = score_pairs(loaded.pairs, examined.recipe, spec.n_folds, spec.seed)
     dropped = loaded.rows.texts[scores.posterior >= spec.least_probability]
+    # Captions outside of training were not examined, so they are kept.
     keep_mask = np.ones(len(store.pairs.captions), dtype=bool)
     keep_mask[dropped] = False
     report = CurateReport(
@@ -256,6 +257,7 @@ def _wrong_captions(
 ) -> Iterator[WrongCaption]:
     """Yield the captions that are most likely wrong, the likeliest first."""
     likely = np.flatnonzero(scores.posterior >= spec.least_probability)
+    # Stable, so that equal shares are listed in the order of the store.
     order = likely[np.argsort(-scores.wrong_share[likely], kind="stable")]
     for position in order[: spec.limit].tolist():
         row = int(loaded.rows.texts[position])
@@ -294,6 +296,7 @@ def _near_images(examined: Examined, spec: CurateSpec) -> Iterator[NearCopy]:
 def _near_captions(examined: Examined, spec: CurateSpec) -> Iterator[NearCopy]:
     """Yield captions of images in different splits that are nearly equal."""
     table = examined.store.pairs
+    # A row that could not be encoded is NaN, and near to nothing.
     rows = np.flatnonzero(examined.text.load_ok())
     owners = table.image_rows[rows]
     near_pairs = near_pairs_across_splits(
@@ -333,9 +336,10 @@ def _undescribed(
 ) -> Iterator[UndescribedImage]:
     """Yield images of which every caption is likely wrong, the worst first."""
     first_text = loaded.rows.first_text
+    # A small share is a good one: the minimum is that of an image's best caption.
     best_shares = np.minimum.reduceat(scores.image_share, first_text[:-1])
-    least = np.minimum.reduceat(scores.posterior, first_text[:-1])
-    images = np.flatnonzero(least >= spec.least_probability)
+    least_posteriors = np.minimum.reduceat(scores.posterior, first_text[:-1])
+    images = np.flatnonzero(least_posteriors >= spec.least_probability)
     order = images[np.argsort(-best_shares[images], kind="stable")]
     for position in order[: spec.limit].tolist():
         rows = loaded.rows.texts[first_text[position] : first_text[position + 1]]
@@ -355,6 +359,7 @@ def _groups(
     """Yield clusters of similar images, those that are found least first."""
     table = examined.store.pairs
     rows = np.flatnonzero(examined.image.load_ok())
+    # Images outside of training have no captions that were scored: NaN, and not 0.
     share_found = np.full(len(table.keys), np.nan)
     first_text = loaded.rows.first_text
     n_captions = np.diff(first_text)

@@ -56,12 +56,12 @@ def greedy_ensemble(
         relevance = embedded.relevance
     steps: list[GreedyStep] = []
     while len(steps) < min(max_members, len(runs)):
-        chosen = [step.added for step in steps]
+        chosen_runs = [step.added for step in steps]
         best: GreedyStep | None = None
         for number in range(len(runs)):
-            if number in chosen:
+            if number in chosen_runs:
                 continue
-            members = [sides[position] for position in (*chosen, number)]
+            members = [sides[position] for position in (*chosen_runs, number)]
             image = torch.cat([side[0] for side in members], dim=1) / len(members) ** 0.5
             text = torch.cat([side[1] for side in members], dim=1) / len(members) ** 0.5
             recall = retrieval_report(image, text, owners, relevance=relevance).mean_recall

@@ -191,13 +191,13 @@ class _Search:
         candidates = [closed, default, tuned, self._ensemble((closed, default, tuned))]
         decisions = self._decide(candidates)
         last = decisions[-1]
-        chosen = last.candidate if last.replaced else last.against
-        winner = next(candidate for candidate in candidates if candidate.name == chosen)
+        best_name = last.candidate if last.replaced else last.against
+        winner = next(candidate for candidate in candidates if candidate.name == best_name)
         commands = self._refit(winner)
         return AutoReport(
             out=self.out,
             run=self.out / BEST,
-            chosen=chosen,
+            chosen=best_name,
             rungs=tuple(self.state.rungs.values()),
             decisions=tuple(decisions),
             commands=commands,
@@ -327,27 +327,27 @@ class _Search:
         tried: list[str] = []
         decisions: list[Decision] = []
         with self._rung("decision", tried) as rung:
-            chosen = candidates[0]
-            chosen_hits = self._hits(chosen)
+            best_candidate = candidates[0]
+            best_hits = self._hits(best_candidate)
             for candidate in candidates[1:]:
                 hits = self._hits(candidate)
-                difference = compare_hits([hits], [chosen_hits], metric=METRIC, chance=0.0)
+                difference = compare_hits([hits], [best_hits], metric=METRIC, chance=0.0)
                 replaced = difference.low > 0
                 decision = Decision(
                     candidate=candidate.name,
-                    against=chosen.name,
+                    against=best_candidate.name,
                     difference=difference,
                     replaced=replaced,
                 )
                 decisions.append(decision)
                 tried.append(
-                    f"{candidate.name} against {chosen.name}: {difference.difference:+.1f} "
+                    f"{candidate.name} against {best_candidate.name}: {difference.difference:+.1f} "
                     f"({difference.low:+.1f} to {difference.high:+.1f})"
                 )
                 if replaced:
-                    chosen = candidate
-                    chosen_hits = hits
-            rung(chosen.name)
+                    best_candidate = candidate
+                    best_hits = hits
+            rung(best_candidate.name)
         return decisions
 
     def _refit(self, winner: Candidate) -> tuple[str, ...]:

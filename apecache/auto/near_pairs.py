@@ -105,11 +105,11 @@ def cluster_images(
         if not len(members):
             continue
         distances = np.linalg.norm(vectors[members] - kmeans.cluster_centers_[number], axis=1)
-        known = found[members][~np.isnan(found[members])]
+        measured_shares = found[members][~np.isnan(found[members])]
         cluster = Cluster(
             n_train=int(is_train[members].sum()),
             n_other=int((~is_train[members]).sum()),
-            found=100 * float(known.mean()) if len(known) else float("nan"),
+            found=100 * float(measured_shares.mean()) if len(measured_shares) else float("nan"),
             examples=tuple(int(row) for row in members[np.argsort(distances)[:4]]),
         )
         clusters.append(cluster)

@@ -79,12 +79,12 @@ def score_pairs(
     owners = pairs.image_of_text.numpy()
     generator = np.random.default_rng(seed)
     for fold in range(n_folds):
-        others = generator.permutation(np.flatnonzero(folds != fold))
-        n_dev = min(MAX_DEV_IMAGES, len(others) // DEV_SHARE)
+        fit_images = generator.permutation(np.flatnonzero(folds != fold))
+        n_dev = min(MAX_DEV_IMAGES, len(fit_images) // DEV_SHARE)
         fit = fit_in_memory(
             recipe,
-            train=select_images(pairs, np.sort(others[n_dev:])),
-            dev=select_images(pairs, np.sort(others[:n_dev])),
+            train=select_images(pairs, np.sort(fit_images[n_dev:])),
+            dev=select_images(pairs, np.sort(fit_images[:n_dev])),
             seed=seed,
         )
         images = np.flatnonzero(folds == fold)
@@ -157,14 +157,14 @@ def _shares(
     for begin in range(0, len(text), BLOCK):
         block = slice(begin, min(begin + BLOCK, len(text)))
         rows = torch.arange(block.stop - begin, device=text.device)
-        own = owners[block]
+        own_images = owners[block]
         cosines = similarities(text[block], image)
         nearest[block] = cosines.argmax(1)
         # The own image counts as one, so that no share is 0.
-        closer_images[block] = (cosines >= cosines[rows, own].unsqueeze(1)).sum(1).float()
+        closer_images[block] = (cosines >= cosines[rows, own_images].unsqueeze(1)).sum(1).float()
         cosines = similarities(text[block], centroids)
         own_cosine = (text[block] * siblings[block]).sum(1)
-        cosines[rows, own] = own_cosine
+        cosines[rows, own_images] = own_cosine
         closer_captions[block] = (cosines >= own_cosine.unsqueeze(1)).sum(1).float()
     closer_captions[n_captions < 2] = float("nan")
     image_share = (closer_images / n_images).double().cpu().numpy()

@@ -52,14 +52,15 @@ def fit_power_law(n_images: Sequence[float], recalls: Sequence[float]) -> PowerL
     Raises:
         ValueError: fewer than two different numbers of images.
     """
-    sizes = np.asarray(n_images, np.float64)
+    image_counts = np.asarray(n_images, np.float64)
     values = np.asarray(recalls, np.float64)
-    if len(np.unique(sizes)) < 2:
+    if len(np.unique(image_counts)) < 2:
         raise ValueError("a law needs at least two different numbers of images")
     best: tuple[float, PowerLaw] | None = None
+    # For a fixed exponent the law is linear: a grid cannot end in a local minimum.
     for exponent in EXPONENTS.tolist():
-        law = _with_exponent(sizes, values, exponent)
-        predicted = law.limit - law.scale * sizes**-exponent
+        law = _with_exponent(image_counts, values, exponent)
+        predicted = law.limit - law.scale * image_counts**-exponent
         error = float(np.square(predicted - values).sum())
         if best is None or error < best[0]:
             best = (error, law)
@@ -68,15 +69,16 @@ def fit_power_law(n_images: Sequence[float], recalls: Sequence[float]) -> PowerL
 
 
 def _with_exponent(
-    sizes: NDArray[np.float64],
+    image_counts: NDArray[np.float64],
     values: NDArray[np.float64],
     exponent: float,
 ) -> PowerLaw:
     """Fit limit and scale, within their bounds."""
-    decay = sizes**-exponent
+    decay = image_counts**-exponent
     centered = decay - decay.mean()
     scale = -float((centered * values).sum() / np.square(centered).sum())
     limit = float(values.mean() + scale * decay.mean())
+    # Recalls that fall with more images are noise: the curve is flat then.
     if scale < 0:
         return PowerLaw(limit=float(values.mean()), scale=0.0, exponent=exponent)
     if limit > 100:
@@ -103,6 +105,7 @@ def predict(
     law = _fit_all(recalls)
     generator = np.random.default_rng(seed)
     laws: list[PowerLaw] = []
+    # Seeds are drawn anew within each size: sizes are chosen, and not random.
     for _ in range(n_draws):
         resampled: dict[int, list[float]] = {}
         for n_images, values in recalls.items():
@@ -116,6 +119,7 @@ def predict(
         prediction = Prediction(
             n_images=target,
             recall=recall,
+            # Few seeds may give an interval beside the fit; it is widened to hold it.
             low=min(low, recall),
             high=max(high, recall),
         )

@@ -43,6 +43,7 @@ def load_pairs(
         IncompleteError, DamagedError: The store is incomplete or damaged.
     """
     table = store.pairs
+    # Only pairs of which both sides could be encoded.
     rows = select_rows(table.image_rows, images & image.load_ok(), text.load_ok())
     joined = pairs_of(
         rows,

@@ -106,7 +106,7 @@ def extract_on_ray(
         totals = _fill(
             pool,
             task_states=[TaskState(task) for task in tasks],
-            parts=list(part_of_folder.values()),
+            task_inputs=list(part_of_folder.values()),
             progress=progress,
         )
     return judge(plan, totals=totals, spec=spec, begin=begin)
@@ -118,10 +118,10 @@ def extract_on_ray(
 def _fill(
     pool: ActorPool,
     task_states: Sequence[TaskState],
-    parts: Sequence[Inputs],
+    task_inputs: Sequence[Inputs],
     progress: ExtractionProgress,
 ) -> dict[Modality, ModalityCounts]:
-    totals = _totals(task_states, parts)
+    totals = _totals(task_states, task_inputs)
     last_time = time.perf_counter()
     for total in totals.values():
         progress(total.standing)
@@ -155,13 +155,13 @@ def _fill(
 
 def _totals(
     task_states: Sequence[TaskState],
-    parts: Sequence[Inputs],
+    task_inputs: Sequence[Inputs],
 ) -> dict[Modality, ModalityCounts]:
     """Sum up what is committed already, for each modality."""
     totals: dict[Modality, ModalityCounts] = {}
     for task_state in task_states:
         modality = task_state.task.modality
-        rows = sum(len(part if modality == "image" else part.captions) for part in parts)
+        rows = sum(len(part if modality == "image" else part.captions) for part in task_inputs)
         total = totals.setdefault(modality, ModalityCounts(modality=modality, rows=rows))
         # Jobs are numbered from 0, and each is one pass over the rows.
         total.passes = max(total.passes, task_state.task.job + 1)

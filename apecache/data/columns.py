@@ -91,6 +91,7 @@ def choose_columns(names: Sequence[str], location: object, spec: OpenSpec) -> Co
     )
     # `_choose` returns None only for a column that may be missing.
     assert image is not None
+    # Labels are optional, unless the command needs them.
     label = spec.label_column or _first(LABEL_COLUMNS, names)
     if "label" in spec.require and label is None:
         raise ManifestError(
@@ -130,24 +131,25 @@ def _caption_columns(
     if spec.caption_column is not None:
         requested = spec.caption_column
         patterns = (requested,) if isinstance(requested, str) else requested
-        chosen: dict[str, None] = {}
+        matched_columns: dict[str, None] = {}
         for pattern in patterns:
             matches = [name for name in names if fnmatchcase(name, pattern)]
+            # A name may hold a star or brackets itself.
             if pattern in names:
                 matches = [pattern]
             if not matches:
                 _require_column(pattern, "--caption-column", names=names, location=location)
-            chosen |= dict.fromkeys(matches)
-        return tuple(chosen)
-    others = [name for name in names if name != image]
-    series = _numbered(others)
+            matched_columns |= dict.fromkeys(matches)
+        return tuple(matched_columns)
+    other_columns = [name for name in names if name != image]
+    series = _numbered(other_columns)
     caption = _choose(
         "caption",
         requested=None,
         candidates=(CAPTION_COLUMNS, RARE_CAPTION_COLUMNS),
         names=names,
         location=location,
-        taken=image,
+        taken_column=image,
         must="caption" in spec.require and not series,
     )
     return series if caption is None else (caption,)
@@ -163,6 +165,7 @@ def _numbered(names: Sequence[str]) -> tuple[str, ...]:
         match = NUMBERED_CAPTION.fullmatch(name.strip())
         if match:
             numbers.setdefault(match[1].lower(), {})[int(match[2])] = name
+    # Two series are two kinds of captions: the user says which.
     if len(numbers) != 1:
         return ()
     (series,) = numbers.values()
@@ -210,6 +213,7 @@ def _first(candidates: Sequence[str], names: Sequence[str]) -> str | None:
 def _present(candidates: Sequence[str], names: Sequence[str]) -> list[str]:
     """Return the columns with these names, also where only the case of their letters differs."""
     by_letters = {name.strip().lower(): name for name in reversed(names)}
+    # The exact name goes before one that differs in case.
     by_letters |= {name: name for name in names}
     return [by_letters[name] for name in candidates if name in by_letters]
 
@@ -221,7 +225,7 @@ def _choose(
     names: Sequence[str],
     location: object,
     must: bool = True,
-    taken: str | None = None,
+    taken_column: str | None = None,
 ) -> str | None:
     """Choose the column of one role; None if there is no candidate and it is not a `must`.
 
@@ -232,13 +236,14 @@ def _choose(
         names: Names of all columns.
         location: The table, for error messages.
         must: Whether the column may not be missing.
-        taken: Column that has another role already.
+        taken_column: Column that has another role already.
     """
     if requested is not None:
         _require_column(requested, f"--{role}-column", names=names, location=location)
         return requested
+    # Rare names count only where no usual one is there.
     for group in candidates:
-        present_names = [name for name in _present(group, names) if name != taken]
+        present_names = [name for name in _present(group, names) if name != taken_column]
         if present_names and (present_names[0].strip().lower() == role or len(present_names) == 1):
             return present_names[0]
         if present_names:
@@ -284,6 +289,7 @@ def to_row(line: int, record: Mapping[str, Any], columns: Columns, where: object
     """
     location = f"{where}, line {line}"
     image = to_text(record.get(columns.image), location, "image")
+    # The row stays, and is reported when it is encoded: other rows are not lost.
     if not image.strip():
         image = f"(no image on line {line})"
     refuse_url(image, location)
@@ -311,6 +317,7 @@ def fill_template(template: str, record: Mapping[str, Any], location: str) -> tu
     values: dict[str, str] = {}
     for name in template_names(template):
         values[name] = to_text(record.get(name), location, "caption")
+    # Words of the template alone describe no image.
     if not any(value.strip() for value in values.values()):
         return ()
     return (template.format(**values).strip(),)
@@ -395,6 +402,7 @@ def with_only_image(
     image_columns: Sequence[str],
 ) -> OpenSpec:
     """Return the spec with the only column that holds images as its column of images."""
+    # A column that is called `image` is found without help.
     if spec.image_column is not None or "image" in image_columns or len(image_columns) != 1:
         return spec
     return replace(spec, image_column=image_columns[0])

@@ -54,12 +54,14 @@ def sniff(lines: Sequence[str], path: Path, spec: OpenSpec) -> TableFormat:
     column of images, or more than one column.
     """
     usual = "\t" if kind_of(path) == ".tsv" else ","
+    # The separator of the file's ending wins where two are possible.
     order = [usual, *(separator for separator in SEPARATORS if separator != usual)]
     candidates = order if spec.separator is None else [parse_separator(spec.separator)]
     headers = {separator: _header(lines, separator) for separator in candidates}
     for separator, names in headers.items():
         if has_image_column(names, spec):
             return _format(separator, lines)
+    # Without a header: Flickr's token file names an image in every line.
     for separator in candidates:
         if all(_names_image(line, separator) for line in lines) and lines:
             return TableFormat(separator=separator, header=PAIR_HEADER, padded=False)
@@ -100,6 +102,7 @@ def parse_separator(text: str) -> str:
 
 def _format(separator: str, lines: Sequence[str]) -> TableFormat:
     cells = lines[0].split(separator)[1:] if lines else []
+    # Flickr30k's CSV has a space behind each separator, which belongs to no cell.
     padded = bool(cells) and all(cell.startswith(" ") for cell in cells)
     return TableFormat(separator=separator, header=None, padded=padded)
 
@@ -114,8 +117,8 @@ def _header(lines: Sequence[str], separator: str) -> list[str]:
 
 def _names_image(line: str, separator: str) -> bool:
     """Return whether a line is a name of an image and one more cell."""
-    name, found, caption = line.partition(separator)
-    is_pair = bool(found) and (separator != "\t" or separator not in caption)
+    name, separator_text, caption = line.partition(separator)
+    is_pair = bool(separator_text) and (separator != "\t" or separator not in caption)
     return is_pair and CAPTION_NUMBER.sub("", name.strip('"')).lower().endswith(SUFFIXES)
 
 
@@ -139,6 +142,7 @@ def delimited_records(path: Path, spec: OpenSpec) -> tuple[list[str], Iterator[R
 def _is_quoted(path: Path, table_format: TableFormat, spec: OpenSpec) -> bool:
     if spec.quoting is not None:
         return spec.quoting == "csv"
+    # Where quotes are not usual they may be part of a caption: all lines must agree.
     if table_format.separator in QUOTED_SEPARATORS:
         return True
     return _has_writers_quotes(path, table_format.separator)
@@ -151,7 +155,7 @@ def _has_writers_quotes(path: Path, separator: str) -> bool:
     a column.
     """
     needless: set[int] = set()
-    plain: set[int] = set()
+    unquoted_columns: set[int] = set()
     any_quoted = False
     width = 0
     with open_text(path, newline="\n") as file:
@@ -168,8 +172,8 @@ def _has_writers_quotes(path: Path, separator: str) -> bool:
                 if is_quoted and not needs_quotes:
                     needless.add(column)
                 elif value and not is_quoted and number:
-                    plain.add(column)
-    return any_quoted and not needless & plain
+                    unquoted_columns.add(column)
+    return any_quoted and not needless & unquoted_columns
 
 
 def _written_cells(line: str, separator: str) -> list[tuple[str, bool]] | None:
@@ -184,10 +188,12 @@ def _written_cells(line: str, separator: str) -> list[tuple[str, bool]] | None:
     written: list[str] = []
     for value in values:
         quoted = '"' + value.replace('"', '""') + '"'
+        # The cells, written again, say where each one begins in the line.
         position = len(separator.join(written)) + bool(written)
         is_quoted = line.startswith(quoted, position)
         written.append(quoted if is_quoted else value)
         cells.append((value, is_quoted))
+        # A writer would have quoted this cell: its quotes are those of a caption.
         if not is_quoted and '"' in value:
             return None
     return cells if separator.join(written) == line else None
@@ -195,6 +201,7 @@ def _written_cells(line: str, separator: str) -> list[tuple[str, bool]] | None:
 
 def _quoted_rows(path: Path, table_format: TableFormat) -> Iterator[tuple[int, list[str]]]:
     """Yield (line, cells) of each row of a table with quoted cells, which may have line breaks."""
+    # The limit is that of the whole process: it is raised, and never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL))
     # The line where a row begins: a quoted cell may have many lines.
     line = 1
@@ -210,6 +217,7 @@ def _quoted_rows(path: Path, table_format: TableFormat) -> Iterator[tuple[int, l
                 if cells:
                     _refuse_swallowed(cells, path, line=line, separator=table_format.separator)
                     yield line, cells
+                # A quoted cell may span lines: the next row begins after the last one read.
                 line = reader.line_num + 1
         except csv.Error as error:
             raise ManifestError(
@@ -238,6 +246,7 @@ def _plain_rows(path: Path, table_format: TableFormat) -> Iterator[tuple[int, li
     has_images = False
     with open_text(path, newline="\n") as file:
         for line, text in enumerate(map(_without_end, file), 1):
+            # Quotes are characters of the text here.
             cells = text.split(table_format.separator)
             names_image = any(cell.lower().endswith(SUFFIXES) for cell in cells)
             # After a quote without an end: a cell with a line break, or only a caption's quote?
@@ -266,8 +275,10 @@ def _records(
     is_pair_list = table_format.header is not None
     for line, cells in rows:
         if is_pair_list:
-            name, *rest = cells
-            cells = [CAPTION_NUMBER.sub("", name), table_format.separator.join(rest)]
+            # Only the first separator counts: captions hold commas.
+            name, *caption_cells = cells
+            cells = [CAPTION_NUMBER.sub("", name), table_format.separator.join(caption_cells)]
+        # A known fault of Flickr30k's file: number and caption without a separator between.
         joined = NUMBER_AND_CAPTION.fullmatch(cells[-1])
         if header[1:] == ("comment_number", "comment") and len(cells) == 2 and joined:
             cells = [cells[0], joined[1], joined[2]]

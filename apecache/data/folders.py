@@ -89,8 +89,8 @@ def open_folder(folder: Path, spec: OpenSpec) -> PairSource:
         source = open_tfrecords([folder / name for name in tfrecords], str(folder), spec)
         return _counted(source, tree, used=tfrecords)
     if parquet and not images:
-        parts = parts_of([folder / name for name in parquet], str(folder))
-        return _counted(open_parquet(parts, spec), tree, used=parquet)
+        parquet_parts = parts_of([folder / name for name in parquet], str(folder))
+        return _counted(open_parquet(parquet_parts, spec), tree, used=parquet)
     if not images:
         left_out = f", only {_named(tree.files)}" if tree.files else ""
         raise ManifestError(

@@ -84,8 +84,8 @@ def _records(frame: Any) -> list[dict[str, Any]]:
     """Return the rows of a frame; missing values of any kind become None."""
     match type(frame).__module__.partition(".")[0], type(frame).__name__:
         case "pandas", _:
-            plain = frame.astype(object)
-            records = plain.where(frame.notna(), None).to_dict("records")
+            object_frame = frame.astype(object)
+            records = object_frame.where(frame.notna(), None).to_dict("records")
         case "polars", "LazyFrame":
             records = frame.collect().to_dicts()
         case "polars", _:

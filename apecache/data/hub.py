@@ -113,13 +113,14 @@ def open_hub(uri: str, spec: OpenSpec) -> PairSource:
     """
     name = uri.removeprefix(PREFIX)
     folder = Path(name).expanduser()
+    # A cloned data set is read as Parquet, which needs no `datasets` and no copy in a cache.
     if _is_folder(name) and folder.is_dir() and not _is_saved(folder):
         parquet = sorted(folder.rglob("*.parquet"))
         if parquet:
             return open_parquet(parts_of(parquet, uri), spec)
     loaded, folder = _load(uri)
     location = str(folder.resolve()) if _is_folder(name) else uri
-    return _open_loaded(loaded, uri=uri, place=location, folder=folder, spec=spec)
+    return _open_loaded(loaded, uri=uri, data_place=location, folder=folder, spec=spec)
 
 
 def is_dataset(value: object) -> bool:
@@ -131,7 +132,7 @@ def is_dataset(value: object) -> bool:
 def open_dataset(dataset: Any, spec: OpenSpec) -> PairSource:
     """Open a `Dataset` or a `DatasetDict` that is in memory; raises as `open_hub` does."""
     uri = "a data set in memory"
-    return _open_loaded(dataset, uri=uri, place=uri, folder=Path.cwd(), spec=spec)
+    return _open_loaded(dataset, uri=uri, data_place=uri, folder=Path.cwd(), spec=spec)
 
 
 def _is_saved(folder: Path) -> bool:
@@ -139,13 +140,19 @@ def _is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-def _open_loaded(loaded: Any, uri: str, place: str, folder: Path, spec: OpenSpec) -> PairSource:
+def _open_loaded(
+    loaded: Any,
+    uri: str,
+    data_place: str,
+    folder: Path,
+    spec: OpenSpec,
+) -> PairSource:
     """Open a loaded data set.
 
     Args:
         loaded: A `Dataset` or `DatasetDict`.
         uri: How the user named it.
-        place: Where it is.
+        data_place: Where it is.
         folder: Folder that its images may be files of.
         spec: What the user asked for.
     """
@@ -156,6 +163,7 @@ def _open_loaded(loaded: Any, uri: str, place: str, folder: Path, spec: OpenSpec
         raise ManifestError(f"{uri}: the data set has no rows; expected a row for every image")
     features: dict[str, Any] = {}
     for split in splits:
+        # The first split goes first: its types are those of columns that several have.
         features = {**split.data.features, **features}
     columns = _choose(features, uri, spec)
     if any(columns.image not in split.data.features for split in splits):
@@ -169,7 +177,9 @@ def _open_loaded(loaded: Any, uri: str, place: str, folder: Path, spec: OpenSpec
     if _is_image(features[columns.image]):
         require_only(spec, uri, *COLUMN_OPTIONS)
         media, rows, n_further = _with_images(splits, columns=columns, uri=uri, folder=folder)
-        source = source_of_rows(rows, origin=uri, media=replace(media, place=place), fields=fields)
+        source = source_of_rows(
+            rows, origin=uri, media=replace(media, place=data_place), fields=fields
+        )
         further = {FURTHER_IMAGES: n_further} if n_further else {}
         return replace(source, skipped={**source.skipped, **further})
     require_only(spec, uri, *COLUMN_OPTIONS, *FILE_OPTIONS)
@@ -237,6 +247,7 @@ def _list_element(feature: Any) -> Any:
     """Return the feature of a list's elements; None for what is not a list."""
     if isinstance(feature, list):
         return feature[0]
+    # By name: older versions of `datasets` lack some of these classes.
     is_list = type(feature).__name__ in ("List", "LargeList", "Sequence")
     return feature.feature if is_list else None
 
@@ -294,6 +305,7 @@ def _with_images(
     """
     images = []
     for split in splits:
+        # Without decoding: only bytes and paths are looked at here.
         column = split.data.select_columns([columns.image]).with_format(None)
         feature = _undecoded(column.features[columns.image])
         images.append(column.cast_column(columns.image, feature).with_format("arrow"))
@@ -317,6 +329,7 @@ def _with_images(
         except RowError:
             return ""
 
+    # Rows of one path may differ in content, which only the hash shows.
     keys = image_keys(paths, numbers, digest)
     first: dict[str, HubRow] = {}
     for key, row_place, has_image in zip(keys, row_places, present, strict=True):
@@ -361,8 +374,8 @@ def _present(
         for begin in range(0, len(table), step):
             column = table[begin : begin + step].column(0)
             if is_list(column.type):
-                counts = compute.list_value_length(column).to_pylist()
-                n_further += sum(max(0, (count or 0) - 1) for count in counts)
+                list_lengths = compute.list_value_length(column).to_pylist()
+                n_further += sum(max(0, (count or 0) - 1) for count in list_lengths)
             contents, path_array = image_fields(column)
             has_bytes = compute.is_valid(contents).to_pylist()
             step_paths = [None] * len(column) if path_array is None else path_array.to_pylist()

@@ -268,10 +268,10 @@ def _refusing(key: str, data: bytes = b"") -> Iterator[None]:
             yield
     except UnidentifiedImageError:
         content = name_of_content(data)
-        found = f"{key} is {content}" if content else f"{key} is not an image that can be read"
+        found_text = f"{key} is {content}" if content else f"{key} is not an image that can be read"
         raise RowError(
             "not-an-image",
-            f"{found}; expected {', '.join(FORMATS)}: convert it",
+            f"{found_text}; expected {', '.join(FORMATS)}: convert it",
         ) from None
     except RowError:
         raise

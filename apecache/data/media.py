@@ -237,7 +237,7 @@ def media_below(root: AnyPath, allowed: Sequence[AnyPath] = ()) -> Media:
     if is_object_url(location):
         return ObjectMedia(str(location))
     folder = Path(location)
-    folders = [as_path(place, "allow_root") for place in allowed]
+    folders = [as_path(allowed_root, "allow_root") for allowed_root in allowed]
     return FolderMedia(root=folder, allowed=(*folders, *_hub_blobs(folder)))
 
 

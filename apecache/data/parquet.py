@@ -113,7 +113,9 @@ def open_parquet(parts: ParquetParts, spec: OpenSpec) -> PairSource:
     fields = source_fields(first.columns, names)
     if first.columns.split is None and any(parts.splits):
         fields = replace(fields, split="file")
+    # Paths of images are relative to the folder that holds all files of the table.
     folder = Path(os.path.commonpath([path.absolute().parent for path in parts.paths]))
+    # One file with bytes is enough: in another, every image may be missing.
     if any(table.has_images for table in tables):
         require_only(spec, parts.origin, *COLUMN_OPTIONS)
         return _with_images(parts, tables=tables, fields=fields, folder=folder)
@@ -181,6 +183,7 @@ def _read_part(path: Path, spec: OpenSpec) -> _PartTable:
         columns = choose_columns(schema.names, path, spec)
         column_type = _value_type(schema.field(columns.image).type)
         _require_images(column_type, columns.image, path)
+        # A struct may hold bytes or name files; only the values tell which.
         has_images = _is_binary(column_type) or _has_bytes(file, columns.image)
         paths, n_further = _paths(file, columns.image, column_type)
         return _PartTable(
@@ -272,6 +275,7 @@ def _records(
     """Yield the values of all columns but the images', with class labels as names."""
     names = [name for name in columns.names if name in file.schema_arrow.names]
     if not names:
+        # A table of images alone has rows too.
         yield from ({} for _ in range(file.metadata.num_rows))
         return
     batches = file.iter_batches(columns=names)
@@ -300,6 +304,7 @@ def _all(file: "pq.ParquetFile", values: Iterable[T]) -> Iterator[T]:
     count = 0
     n_rows = file.metadata.num_rows
     for count, value in enumerate(values, 1):
+        # What is too much is only counted, so that the error can say how much there is.
         if count <= n_rows:
             yield value
     if count != n_rows:
@@ -332,7 +337,7 @@ def _require_rows(rows: list[TableRow], location: object) -> list[TableRow]:
 
 
 def _with_images(
-    parts: ParquetParts,
+    parquet_parts: ParquetParts,
     tables: Sequence[_PartTable],
     fields: SourceFields,
     folder: Path,
@@ -341,27 +346,29 @@ def _with_images(
     row_places: list[ParquetRow] = []
     numbers: list[str] = []
     paths: list[str | None] = []
-    for file, (table, name) in enumerate(zip(tables, parts.names, strict=True)):
+    for file, (table, name) in enumerate(zip(tables, parquet_parts.names, strict=True)):
         first_row = len(row_places)
         for group, n_rows in enumerate(table.group_rows):
             row_places += [ParquetRow(file, group, row) for row in range(n_rows)]
         prefix = f"{name}/" if name else ""
         numbers += [f"{prefix}{row}" for row in range(len(row_places) - first_row)]
         paths += table.paths
-    groups = RowGroups(parts.paths, tables[0].columns.image)
+    groups = RowGroups(parquet_parts.paths, tables[0].columns.image)
+    # Hashing is left to rows whose path is not unique: it decodes whole row groups.
     keys = image_keys(paths, numbers, lambda row: _digest(groups, row_places[row]))
-    places: dict[str, ParquetRow] = {}
+    place_of_key: dict[str, ParquetRow] = {}
     for key, row_place in zip(keys, row_places, strict=True):
-        places.setdefault(key, row_place)
+        # Rows of one key are one image, read where it comes first.
+        place_of_key.setdefault(key, row_place)
     rows: list[TableRow] = []
     remaining = iter(keys)
-    for table, split in zip(tables, parts.splits, strict=True):
+    for table, split in zip(tables, parquet_parts.splits, strict=True):
         part_keys = [next(remaining) for _ in table.records]
         rows += [replace(row, split=row.split or split) for row in table.rows(part_keys)]
     source = source_of_rows(
-        _require_rows(rows, parts.origin),
-        origin=parts.origin,
-        media=TableMedia(groups=groups, places=places, files=FolderMedia(root=folder)),
+        _require_rows(rows, parquet_parts.origin),
+        origin=parquet_parts.origin,
+        media=TableMedia(groups=groups, places=place_of_key, files=FolderMedia(root=folder)),
         fields=fields,
     )
     n_further = sum(table.n_further for table in tables)
@@ -369,10 +376,11 @@ def _with_images(
     return replace(source, skipped={**source.skipped, **further})
 
 
-def _digest(groups: RowGroups, place: ParquetRow) -> str:
+def _digest(groups: RowGroups, row_place: ParquetRow) -> str:
     try:
-        image = groups.read(place, str(place.row))
+        image = groups.read(row_place, str(row_place.row))
         return content_hash(image)
+    # An image that cannot be read is reported when it is encoded.
     except RowError:
         return ""
 
@@ -410,6 +418,7 @@ def _paths(
     """Return the path of each row's image, if there is one, and the number of further images."""
     has_lists = is_list(file.schema_arrow.field(column).type)
     leaf = _leaf(file, column, "path") if _is_struct(value_type) else column
+    # Bytes have no path, so the column need not be read at all.
     if _is_binary(value_type) and not has_lists:
         return [None] * int(file.metadata.num_rows), 0
     paths: list[str | None] = []
@@ -432,7 +441,7 @@ def _group_rows(file: "pq.ParquetFile", path: Path) -> list[int]:
     """
     # The footer also describes single columns, but pyarrow aborts the process on a damaged
     # description: only the row group's own size is read.
-    counts = []
+    n_rows_of_groups = []
     for group in range(file.metadata.num_row_groups):
         described = file.metadata.row_group(group)
         if described.total_byte_size > MAX_GROUP_BYTES:
@@ -441,5 +450,5 @@ def _group_rows(file: "pq.ParquetFile", path: Path) -> list[int]:
                 f"the table with smaller ones (row_group_size=100), at most "
                 f"{MAX_GROUP_BYTES / 1e9:.1f} GB each"
             )
-        counts.append(int(described.num_rows))
-    return counts
+        n_rows_of_groups.append(int(described.num_rows))
+    return n_rows_of_groups

@@ -86,8 +86,8 @@ def _reopened(record: Mapping[str, Any], spec: OpenSpec, root: AnyPath | None) -
             continue
     if not isinstance(base_media(media), FolderMedia | ObjectMedia):
         return media
-    place = root or str(record.get("root", ""))
-    return moved_media(media, media_below(place, spec.allow_root))
+    media_root = root or str(record.get("root", ""))
+    return moved_media(media, media_below(media_root, spec.allow_root))
 
 
 def _origins(record: Mapping[str, Any]) -> list[str]:

@@ -65,6 +65,7 @@ def open_shards(tars: Sequence[Path], origin: str, spec: OpenSpec) -> PairSource
     samples: list[_Sample] = []
     for number, path in enumerate(tars):
         samples += reader.samples(path, number)
+    # By identity: keys are made unique below, and may repeat until then.
     images = {id(sample): reader.image(sample) for sample in samples}
     if not any(images.values()):
         members = f"expected members named KEY.{{{','.join(IMAGES[:4])},…}}"
@@ -149,19 +150,19 @@ class _TarReader:
         members = {ending: member for ending, member in sample.members.items() if _is_image(ending)}
         if self.spec.image_ext is not None:
             requested = self.spec.image_ext.lower().removeprefix(".")
-            chosen = requested if requested in sample.members else None
+            image_ending = requested if requested in sample.members else None
         else:
-            chosen = next((ending for ending in IMAGES if ending in members), None)
-            if chosen is None and len(members) == 1:
-                (chosen,) = members
-        if chosen is None:
+            image_ending = next((ending for ending in IMAGES if ending in members), None)
+            if image_ending is None and len(members) == 1:
+                (image_ending,) = members
+        if image_ending is None:
             self.skipped[SEVERAL_IMAGES if members else WITHOUT_IMAGE] += 1
             return None
         for ending in members:
-            if ending != chosen:
+            if ending != image_ending:
                 self.skipped[f"further images .{ending}"] += 1
-        self.image_endings[chosen] = None
-        return sample.members[chosen]
+        self.image_endings[image_ending] = None
+        return sample.members[image_ending]
 
     def samples(self, path: Path, number: int) -> list[_Sample]:
         """Return the samples of one tar, in the order of their first member."""

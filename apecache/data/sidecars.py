@@ -87,6 +87,7 @@ def rules_near(folder: Path, spec: OpenSpec) -> SidecarRules:
 
 
 def _text_near(folder: Path, name: str) -> str:
+    # clip_benchmark's own files lie beside the folders of the splits, which hold the tars.
     for candidate in (folder / name, folder.absolute().parent / name):
         try:
             return candidate.read_text(encoding="utf-8")
@@ -119,6 +120,7 @@ def sidecar_rows(
     rows = []
     for line, (sidecar, record) in enumerate(zip(sidecars, records, strict=True), 1):
         captions = _captions(sidecar, record=record, fields=fields, rules=rules, spec=spec)
+        # Several lines of one text are one caption, unless --caption-lines says otherwise.
         if len(captions) == 1 and "\n" in captions[0]:
             skipped[ONE_CAPTION] += 1
         label = _label(sidecar, rules) or _value(record, fields.label, sidecar.location)
@@ -165,8 +167,10 @@ def _json_fields(names: Sequence[str], origin: str, spec: OpenSpec) -> _JsonFiel
     for flag, name in requested:
         if name is not None and name not in names:
             raise _no_field(name, flag, names=names, origin=origin)
+    # A split from elsewhere replaces the source's own, which is then not read.
     default_split = "split" if "split" in names and not spec.resplits else None
     return _JsonFields(
+        # Only the first that exists: the same text under two names would count twice.
         captions=captions or tuple(name for name in JSON_CAPTIONS if name in names)[:1],
         requested=bool(captions) or spec.caption_template is not None,
         key=spec.key_column,
@@ -194,6 +198,7 @@ def _captions(
     if spec.caption_template is not None:
         return fill_template(spec.caption_template, record, sidecar.location)
     ending = next((ending for ending in CAPTION_ENDINGS if ending in sidecar.texts), None)
+    # A text beside the image goes before JSON, unless the user names JSON fields.
     if fields.requested or ending is None:
         captions: list[str] = []
         for name in fields.captions:
@@ -206,6 +211,7 @@ def _captions(
 def _label(sidecar: Sidecar, rules: SidecarRules) -> str:
     """Return the label in `.cls`, by name where the classes have names."""
     label = sidecar.texts.get("cls", "").strip()
+    # A number without a name stays as it is: not every data set comes with names.
     is_number = label.isdecimal() and int(label) < len(rules.class_names)
     return rules.class_names[int(label)] if is_number else label
 
@@ -233,6 +239,7 @@ def _source_fields(
         caption = ", ".join(json_captions) or None
     label = "cls" if "cls" in endings else _named(fields.label)
     used = {caption, label, *map(_named, (fields.key, fields.split, fields.language))}
+    # Where the text beside the image is the caption, JSON captions are unused.
     if caption not in endings:
         used |= set(json_captions)
     available = [ending for ending in endings if ending != "json"]
@@ -255,6 +262,7 @@ def _json(text: str | None, location: str) -> dict[str, Any]:
     """Return the fields of an image's JSON; none if it has no JSON."""
     try:
         record = json.loads(text) if text is not None else {}
+    # Deeply nested brackets end in a RecursionError, which is bad input as well.
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{location}: its .json cannot be read ({error})") from None
     if not isinstance(record, dict):

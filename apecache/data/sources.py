@@ -65,10 +65,10 @@ def open_pairs(uri: AnyPath | Any, spec: OpenSpec | None = None) -> PairSource:
         return _finished(open_frame(uri, spec), spec)
     if is_dataset(uri):
         return _finished(open_dataset(uri, spec), spec)
-    place = as_place(uri, "uri")
-    if not spec.restval and kind_of(place) != ".json":
-        raise OptionError(f"{place}: --no-restval is for Karpathy's JSON; leave it out")
-    return _finished(open_unsplit(place, spec), spec)
+    source_place = as_place(uri, "uri")
+    if not spec.restval and kind_of(source_place) != ".json":
+        raise OptionError(f"{source_place}: --no-restval is for Karpathy's JSON; leave it out")
+    return _finished(open_unsplit(source_place, spec), spec)
 
 
 def open_unsplit(uri: AnyPath, spec: OpenSpec) -> PairSource:

@@ -121,18 +121,21 @@ class OpenSpec:
 
 def recorded_options(spec: OpenSpec) -> dict[str, Json]:
     """Return the options that were given, as JSON: with them the source opens again."""
-    given: dict[str, Json] = {}
+    # Defaults are left out: the record says what the user said.
+    option_values: dict[str, Json] = {}
     for field in fields(spec):
         value = getattr(spec, field.name)
+        # What must be there is a condition of the command, and not of the source.
         if field.name == "require" or value == field.default:
             continue
+        # The store is opened from other working folders as well.
         if field.name in ("root", "split_file"):
             value = _absolute(value)
         if field.name == "allow_root":
             value = tuple(map(_absolute, value))
         is_many = isinstance(value, tuple)
-        given[field.name] = [_as_json(entry) for entry in value] if is_many else value
-    return given
+        option_values[field.name] = [_as_json(entry) for entry in value] if is_many else value
+    return option_values
 
 
 def spec_of_options(options: Mapping[str, Json]) -> OpenSpec:
@@ -145,9 +148,9 @@ def spec_of_options(options: Mapping[str, Json]) -> OpenSpec:
     return OpenSpec(**values)
 
 
-def _absolute(place: AnyPath) -> str:
+def _absolute(given_path: AnyPath) -> str:
     """Return a path that is the same in every working folder; a URL stays."""
-    return str(place) if is_url(str(place)) else os.path.abspath(place)
+    return str(given_path) if is_url(str(given_path)) else os.path.abspath(given_path)
 
 
 def _as_json(entry: object) -> Json:
@@ -174,6 +177,7 @@ def require_only(spec: OpenSpec, where: object, *allowed: str) -> None:
 def kind_of(path: AnyPath) -> str:
     """Return the ending of a file in lower case, without that of a compressed file."""
     suffixes = PurePath(path).suffixes
+    # `pairs.csv.gz` is a CSV.
     if suffixes and suffixes[-1].lower() in COMPRESSED_SUFFIXES:
         suffixes.pop()
     return suffixes[-1].lower() if suffixes else ""
@@ -186,14 +190,15 @@ def distinct_splits(names: Iterable[str]) -> dict[str, str]:
     its name.
     """
     order = list(SPLITS)
-    given = list(dict.fromkeys(names))
-    known = sorted((name for name in given if name in SPLITS), key=order.index)
+    unique_names = list(dict.fromkeys(names))
+    known_names = sorted((name for name in unique_names if name in SPLITS), key=order.index)
     split_of: dict[str, str] = {}
-    for name in known:
+    for name in known_names:
         split = SPLITS[name]
-        is_taken = split in split_of.values() or (split in given and split != name)
+        # A name that is a split itself goes before one that only means it.
+        is_taken = split in split_of.values() or (split in unique_names and split != name)
         split_of[name] = name if is_taken else split
-    return {name: split_of.get(name, name) for name in given}
+    return {name: split_of.get(name, name) for name in unique_names}
 
 
 def is_url(text: str) -> bool:

@@ -58,15 +58,17 @@ def require_fractions(fractions: tuple[tuple[str, float], ...]) -> None:
     """
     names = [name for name, _ in fractions]
     shares = [share for _, share in fractions]
-    given = ",".join(f"{name}={share:g}" for name, share in fractions)
+    fractions_text = ",".join(f"{name}={share:g}" for name, share in fractions)
     if not all(names) or len(set(names)) < len(names):
-        raise OptionError(f"split fractions {given}: expected different names, like {EXAMPLE}")
+        raise OptionError(
+            f"split fractions {fractions_text}: expected different names, like {EXAMPLE}"
+        )
     total = sum(shares)
     # Decimal fractions such as 0.1 have no exact float.
     if not all(share > 0 for share in shares) or abs(total - 1) > 1e-6:
         raise OptionError(
-            f"split fractions {given} add to {total:g}; expected fractions above 0 that add to 1, "
-            f"like {EXAMPLE}"
+            f"split fractions {fractions_text} add to {total:g}; "
+            f"expected fractions above 0 that add to 1, like {EXAMPLE}"
         )
 
 

@@ -160,7 +160,9 @@ def _add_feature(record: _Record, data: mmap.mmap, name: str, span: Span) -> Non
 def _messages(data: mmap.mmap, span: Span, number: int) -> list[Span]:
     """Return the places of the submessages of one field."""
     fields = _fields(data, span)
-    return [inner for found, wire, inner in fields if (found, wire) == (number, DELIMITED)]
+    return [
+        inner for field_number, wire, inner in fields if (field_number, wire) == (number, DELIMITED)
+    ]
 
 
 def _fields(data: mmap.mmap, span: Span) -> Iterator[tuple[int, int, Span]]:

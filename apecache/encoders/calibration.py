@@ -52,6 +52,7 @@ def read_calibration(image: EncoderSpec, text: EncoderSpec) -> Calibration:
 
 def _require_one_model(image: EncoderSpec, text: EncoderSpec) -> None:
     for spec in (image, text):
+        # Scale and bias belong to the model's own pooling: other features have other cosines.
         if spec.pooling != "default" or spec.layer is not None:
             raise EncoderError(
                 f"encoder {spec}: only the model's own output fits the other side; extract it "
@@ -77,6 +78,7 @@ def _logit_values(spec: EncoderSpec) -> dict[str, float]:
         case "open_clip":
             repository = spec.name.removeprefix(HUB_PREFIX)
             folder = resolve_folder(spec, OPEN_CLIP_WEIGHTS, repository=repository)
+            # Two scalars of a file are read in no time; the whole model takes seconds.
             return _saved_values(folder) or _open_clip_values(spec, folder)
         case "st":
             folder = resolve_folder(spec, SENTENCE_WEIGHTS)
@@ -98,6 +100,7 @@ def _saved_values(folder: Path) -> dict[str, float]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as weights:
             for name in set(weights.keys()) & {SCALE, BIAS}:
+                # Some models save the scalar as a list of one.
                 values[name] = float(weights.get_tensor(name).float().reshape(-1)[0])
     return values
 

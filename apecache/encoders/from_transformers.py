@@ -179,8 +179,10 @@ def _text_states(module: LibraryModel, spec: EncoderSpec, config: ModelConfig) -
         )
         if projected:
             # A tower that was saved without the projection gives the end-of-text token.
-            own = output.get("text_embeds")
-            tokens_by_state["own"] = output.pooler_output if own is None else own
+            projected_text = output.get("text_embeds")
+            tokens_by_state["own"] = (
+                output.pooler_output if projected_text is None else projected_text
+            )
         elif sees_padding:
             tokens_by_state["own"] = output.pooler_output
         return {**tokens_by_state, "end": output.last_hidden_state}

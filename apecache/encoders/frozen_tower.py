@@ -90,7 +90,7 @@ class FrozenTower(Tower):
         """List every parameter of the model, as one part."""
         tower_parts: list[TowerParameter] = []
         for name, parameter in self.module.named_parameters():
-            part = TowerParameter(
+            tower_part = TowerParameter(
                 name=name,
                 section="whole",
                 depth=0,
@@ -98,7 +98,7 @@ class FrozenTower(Tower):
                 norm=False,
                 bias=False,
             )
-            tower_parts.append(part)
+            tower_parts.append(tower_part)
         return tower_parts
 
     def _arguments(self, inputs: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:

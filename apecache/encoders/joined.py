@@ -34,14 +34,14 @@ def join_image_encoders(encoders: Sequence[ImageEncoder]) -> ImageEncoder:
     resolution.
     """
     require_vectors(encoders)
-    sizes = [torch.Size(encoder.input_shape).numel() for encoder in encoders]
+    input_sizes = [torch.Size(encoder.input_shape).numel() for encoder in encoders]
 
     def preprocess(image: Image.Image) -> Tensor:
         return torch.cat([encoder.preprocess(image).flatten() for encoder in encoders])
 
     def forward(pixels: Tensor) -> Tensor:
         features = []
-        blocks = pixels.split(sizes, dim=1)
+        blocks = pixels.split(input_sizes, dim=1)
         for encoder, block in zip(encoders, blocks, strict=True):
             inputs = encoder.move(block.unflatten(1, encoder.input_shape))
             features.append(encoder.forward(inputs).float())
@@ -52,7 +52,7 @@ def join_image_encoders(encoders: Sequence[ImageEncoder]) -> ImageEncoder:
         module=nn.ModuleList([encoder.module for encoder in encoders]),
         preprocess=preprocess,
         forward=forward,
-        input_shape=(1, 1, sum(sizes)),
+        input_shape=(1, 1, sum(input_sizes)),
         row_shape=(sum(encoder.dim for encoder in encoders),),
         fingerprint=join_fingerprints([encoder.fingerprint for encoder in encoders]),
         device=encoders[0].device,
@@ -104,8 +104,8 @@ def _joined_tokenizer(
         rows: list[list[int]] = []
         for number in range(len(texts)):
             row = list(tokens[0].ids[number])
-            for others in tokens[1:]:
-                row += [SEPARATOR, *others.ids[number]]
+            for other_tokens in tokens[1:]:
+                row += [SEPARATOR, *other_tokens.ids[number]]
             rows.append(row)
         return Tokens(ids=rows, n_truncated=max(of_encoder.n_truncated for of_encoder in tokens))
 

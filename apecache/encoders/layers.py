@@ -71,19 +71,19 @@ def find_blocks(module: nn.Module) -> list[str]:
 
     They are lists of modules of one class that lie in no other such list.
     """
-    sizes: dict[str, int] = {}
+    parameters_of_list: dict[str, int] = {}
     for name, submodule in module.named_modules():
-        is_inside = any(name.startswith(f"{outer}.") for outer in sizes)
+        is_inside = any(name.startswith(f"{outer}.") for outer in parameters_of_list)
         if not is_inside and _is_list_of_blocks(submodule):
-            sizes[name] = _count(submodule)
+            parameters_of_list[name] = _count(submodule)
     # Not of all parameters: a table of tokens may be larger than all blocks.
-    total = sum(sizes.values())
+    total = sum(parameters_of_list.values())
     large = [
         name
-        for name, size in sizes.items()
+        for name, size in parameters_of_list.items()
         if size > RIVAL_SHARE * total and name not in CLASS_ATTENTION
     ]
-    return sorted(large, key=lambda name: -sizes[name])
+    return sorted(large, key=lambda name: -parameters_of_list[name])
 
 
 def _is_list_of_blocks(module: nn.Module) -> bool:
@@ -125,18 +125,18 @@ def caught(
     if not layers:
         return run(), tokens_by_state
     blocks = require_blocks(module, spec)
-    counts = [0]
+    run_counts = [0]
     hooks = [_catch(blocks, layer, tokens_by_state) for layer in layers]
-    hooks.append(blocks[0].register_forward_hook(lambda *_: _add_one(counts)))
+    hooks.append(blocks[0].register_forward_hook(lambda *_: _add_one(run_counts)))
     try:
         output = run()
     finally:
         for hook in hooks:
             hook.remove()
-    if counts != [1]:
+    if run_counts != [1]:
         raise EncoderError(
-            f"encoder {spec}: {type(module).__name__} runs its first block {counts[0]} times, so "
-            "its layers have no numbers; remove @LAYER"
+            f"encoder {spec}: {type(module).__name__} runs its first block {run_counts[0]} times, "
+            "so its layers have no numbers; remove @LAYER"
         )
     for layer in layers:
         state = tokens_by_state.get(layer)
@@ -156,8 +156,8 @@ def _is_state(state: Any, n_inputs: int | None) -> bool:
     return n_inputs is None or len(state) == n_inputs
 
 
-def _add_one(counts: list[int]) -> None:
-    counts[0] += 1
+def _add_one(run_counts: list[int]) -> None:
+    run_counts[0] += 1
 
 
 def _catch(blocks: Sequence[nn.Module], layer: int, tokens_by_state: dict[State, Tensor]) -> Any:

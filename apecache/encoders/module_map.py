@@ -129,12 +129,14 @@ class ModuleMap:
         Args:
             poolers: beginnings of the names, within the wrapper, of what its own pooling adds.
         """
-        places: dict[str, Place] = dict.fromkeys(poolers, "pooler")
-        places |= {f"{root}.{beginning}": place for beginning, place in self.places.items()}
+        place_of_module: dict[str, Place] = dict.fromkeys(poolers, "pooler")
+        place_of_module |= {
+            f"{root}.{beginning}": module_place for beginning, module_place in self.places.items()
+        }
         return replace(
             self,
             blocks=f"{root}.{self.blocks}",
-            places=places,
+            places=place_of_module,
             final_norm=f"{root}.{self.final_norm}" if self.final_norm else None,
             token_table=f"{root}.{self.token_table}" if self.token_table else None,
             own_pooling=(*poolers, *[f"{root}.{beginning}" for beginning in self.own_pooling]),
@@ -181,28 +183,28 @@ def _timm_module_map(module: LibraryModel) -> ModuleMap | None:
     match name:
         case "Beit":
             family: Family = "timm-beit"
-            places: dict[str, Place] = {**TIMM_PLACES, "rel_pos_bias.": "position"}
+            place_of_module: dict[str, Place] = {**TIMM_PLACES, "rel_pos_bias.": "position"}
         case "Eva":
             family = "timm-eva"
-            places = {**TIMM_PLACES, "rope.": "position"}
+            place_of_module = {**TIMM_PLACES, "rope.": "position"}
         case "VisionTransformer" | "VisionTransformerDistilled":
             family = "timm"
-            places = TIMM_PLACES
+            place_of_module = TIMM_PLACES
         case _:
             return None
     # Blocks of other designs (parallel branches, norms at the end) have no norm before attention.
     block_names = {type(block).__name__ for block in module.blocks}
     has_norms = all(hasattr(b, "norm1") and hasattr(b, "attn") for b in module.blocks)
-    others = block_names & {"EvaBlockPostNorm", "ResPostBlock"}
-    if not has_norms or others:
+    post_norm_blocks = block_names & {"EvaBlockPostNorm", "ResPostBlock"}
+    if not has_norms or post_norm_blocks:
         raise EncoderError(
-            f"timm blocks of the kind {next(iter(others or block_names))} cannot be seen as a "
-            f"tower's; supported are {SUPPORTED}"
+            f"timm blocks of the kind {next(iter(post_norm_blocks or block_names))} "
+            f"cannot be seen as a tower's; supported are {SUPPORTED}"
         )
     return ModuleMap(
         family=family,
         blocks="blocks",
-        places=places,
+        places=place_of_module,
         final_norm=final_norm,
         norms=("norm1", "norm2"),
         own_pooling=TIMM_OWN,
@@ -286,7 +288,7 @@ def _image_module_map(module: LibraryModel, model_type: str) -> ModuleMap | None
                 module,
                 family="hf-clip",
                 root="vision_model",
-                places=CLIP_PLACES,
+                place_of_module=CLIP_PLACES,
                 # Only CLIP's own pooling has a norm, of the CLS token alone.
                 final_norm=None,
                 projection="visual_projection.",
@@ -299,7 +301,7 @@ def _contrastive_map(
     module: LibraryModel,
     family: Family,
     root: str,
-    places: Mapping[str, Place],
+    place_of_module: Mapping[str, Place],
     final_norm: str | None,
     projection: str,
 ) -> ModuleMap:
@@ -312,7 +314,9 @@ def _contrastive_map(
     """
     root = root if hasattr(module, root) else ""
     prefix = f"{root}." if root else ""
-    named_places = {f"{prefix}{beginning}": place for beginning, place in places.items()}
+    named_places = {
+        f"{prefix}{beginning}": module_place for beginning, module_place in place_of_module.items()
+    }
     own_norm = () if final_norm else (f"{prefix}post_layernorm.",)
     return ModuleMap(
         family=family,
@@ -383,7 +387,7 @@ def _text_module_map(module: LibraryModel, model_type: str) -> ModuleMap | None:
                 module,
                 family="hf-clip-text",
                 root="text_model",
-                places=CLIP_TEXT_PLACES,
+                place_of_module=CLIP_TEXT_PLACES,
                 final_norm="final_layer_norm",
                 projection="text_projection.",
             )
@@ -392,7 +396,7 @@ def _text_module_map(module: LibraryModel, model_type: str) -> ModuleMap | None:
                 module,
                 family="hf-siglip-text",
                 root="text_model",
-                places=CLIP_TEXT_PLACES,
+                place_of_module=CLIP_TEXT_PLACES,
                 final_norm="final_layer_norm",
                 projection="head.",
             )

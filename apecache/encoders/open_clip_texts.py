@@ -153,9 +153,9 @@ def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], ids: Tensor, co
     clean = getattr(tokenizer, "clean_fn", _clean_siglip)
     cleaned = [clean(text) for text in texts]
     adds_class = getattr(tokenizer, "tokenizer_mode", "") == "clips"
-    whole = inner(cleaned, add_special_tokens=not adds_class, truncation=False, verbose=False)
+    untruncated = inner(cleaned, add_special_tokens=not adds_class, truncation=False, verbose=False)
     n_added = 3 if adds_class else 0
-    return sum(len(row) + n_added > context for row in whole["input_ids"])
+    return sum(len(row) + n_added > context for row in untruncated["input_ids"])
 
 
 def _clean_siglip(text: str) -> str:

@@ -77,8 +77,10 @@ def _static_texts(spec: EncoderSpec, tokenizer: Tokenizer) -> SentenceTexts:
 
     content = json.loads(tokenizer.to_str())
     # Calls may switch truncation and padding on: they say nothing about the tokenizer.
-    plain = {key: value for key, value in content.items() if key not in ("truncation", "padding")}
-    digest = content_hash(json.dumps(plain, sort_keys=True, ensure_ascii=False))
+    tokenizer_content = {
+        key: value for key, value in content.items() if key not in ("truncation", "padding")
+    }
+    digest = content_hash(json.dumps(tokenizer_content, sort_keys=True, ensure_ascii=False))
     return SentenceTexts(
         tokenize=tokenize,
         pad_id=0,

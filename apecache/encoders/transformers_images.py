@@ -198,9 +198,9 @@ def image_states(module: LibraryModel, spec: EncoderSpec, family: ImageFamily) -
         tokens_by_state["end"] = output.last_hidden_state
         if "own" in requested:
             assert family.own_output is not None
-            own: Tensor = getattr(output, family.own_output)
+            own_output: Tensor = getattr(output, family.own_output)
             # Convolutional networks keep the height and width of 1.
-            tokens_by_state["own"] = own.flatten(1)
+            tokens_by_state["own"] = own_output.flatten(1)
         return tokens_by_state
 
     return states

@@ -38,11 +38,11 @@ class WholeView:
         if (height, width) == (view.height, view.width):
             return self.preprocess(view)
         # The margin repeats the edge, so that filters at the edge mix in nothing else.
-        top = (height - view.height) // 2
-        left = (width - view.width) // 2
+        top_margin = (height - view.height) // 2
+        left_margin = (width - view.width) // 2
         margins = (
-            (top, height - view.height - top),
-            (left, width - view.width - left),
+            (top_margin, height - view.height - top_margin),
+            (left_margin, width - view.width - left_margin),
             (0, 0),
         )
         padded = np.pad(np.asarray(view), margins, mode="edge")
@@ -76,8 +76,8 @@ def _share(
     black = _first_channel(preprocess, np.zeros_like(ramp))
     white = _first_channel(preprocess, np.full_like(ramp, 255))
     # Normalization is affine, so black and white give its offset and factor.
-    places = (_first_channel(preprocess, ramp) - black) / (white - black)
-    values = profile(places).numpy()
+    source_positions = (_first_channel(preprocess, ramp) - black) / (white - black)
+    values = profile(source_positions).numpy()
     n_values = len(values)
     n_edge = int(EDGE_SHARE * n_values)
     inner = np.arange(n_edge, n_values - n_edge)

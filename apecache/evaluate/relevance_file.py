@@ -45,6 +45,7 @@ def read_relevance(path: Path) -> list[RelevantPair]:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {one_line(error)}") from None
     pairs = []
+    # A table has a header, so its first row is line 2.
     for number, row in enumerate(rows, 2 if path.suffix != ".jsonl" else 1):
         if not row.get("text") or not row.get("image"):
             raise DataError(
@@ -82,6 +83,7 @@ def graded_pairs(
     n_unknown = 0
     for pair in pairs:
         image = image_of_key.get(pair.image)
+        # As given first: a name `KEY#N` is not folded as captions are.
         texts = texts_of.get(pair.text) or texts_of.get(fold_caption(pair.text), [])
         if image is None or not texts:
             n_unknown += 1
@@ -125,6 +127,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _grade(value: object, line_name: str) -> float:
+    # A table without grades lists right answers, all equally right.
     if value is None or value == "":
         return 1.0
     try:

@@ -139,8 +139,8 @@ def classification_report(
     n_images_of_class = torch.bincount(target, minlength=n_classes)
     present = n_images_of_class > 0
     recalls = hits_of_class[present] / n_images_of_class[present]
-    counts = tuple(n_images_of_class.tolist())
-    empty = tuple(name for name, count in zip(classes, counts, strict=True) if not count)
+    image_counts = tuple(n_images_of_class.tolist())
+    empty = tuple(name for name, count in zip(classes, image_counts, strict=True) if not count)
     return ZeroShotReport(
         top1=100 * float(hit.mean()),
         top5=100 * float((ranks < 5).double().mean()),
@@ -151,7 +151,7 @@ def classification_report(
         chance_top5=100 * min(1.0, 5 / n_classes),
         templates=templates,
         classes=classes,
-        counts=counts,
+        counts=image_counts,
         empty=empty,
         confusions=confusions(scores, target, classes),
     )

@@ -241,8 +241,8 @@ def _measure(name: str, folder: Path, triple: OpenClipTriple, device: str) -> Su
             amp=False,
             recall_k_list=list(KS),
         )
-        both = (metrics["image_retrieval_recall@1"], metrics["text_retrieval_recall@1"])
-        metrics["mean_recall@1"] = sum(both) / 2
+        two_recalls = (metrics["image_retrieval_recall@1"], metrics["text_retrieval_recall@1"])
+        metrics["mean_recall@1"] = sum(two_recalls) / 2
     else:
         from clip_benchmark.metrics import zeroshot_classification
 

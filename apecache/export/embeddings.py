@@ -73,6 +73,7 @@ def export_embeddings(
     if to not in EMBEDDING_FORMATS:
         formats = ", ".join(EMBEDDING_FORMATS)
         raise OptionError(f"--to {to}: expected one of {formats}{nearest(to, EMBEDDING_FORMATS)}")
+    # Before the embedding, which may take hours.
     require_new(out, "folder")
     arrow = _pyarrow()
     lance = _lance() if to == "lance" else None
@@ -81,6 +82,7 @@ def export_embeddings(
         store=store,
         split=split,
         open_image=open_image,
+        # clip-retrieval's rows are pairs, so an image without a caption has no row there.
         uncaptioned=to != "clip-retrieval",
     )
     with new_folder(out.absolute()) as scratch:
@@ -127,6 +129,7 @@ def _lance() -> ModuleType:
 
 
 def _write_parquet(arrow: Any, batches: Iterator[Any], path: Path) -> None:
+    # The schema is known with the first batch only.
     writer = None
     try:
         for batch in batches:
@@ -175,6 +178,7 @@ def _columns(store: FeatureStore, rows: NDArray[np.int64], is_image: bool) -> di
 
 def _path(root: str, key: str) -> str:
     """Return the place of an image: its key below the root that the store was made from."""
+    # Keys that are whole paths or URLs do not depend on the root.
     is_whole = "://" in key or key.startswith("/")
     return key if is_whole or not root else f"{root.rstrip('/')}/{key}"
 
@@ -189,12 +193,12 @@ def _write_pairs(arrow: Any, store: FeatureStore, embedded: Embeddings, out: Pat
     text = embedded.text.cpu().numpy()
     # The vector of an image stands beside each of its captions.
     owners = embedded.image_of_text.cpu().numpy()
-    for part, first in enumerate(range(0, len(text), PART_ROWS)):
+    for part_number, first in enumerate(range(0, len(text), PART_ROWS)):
         rows = slice(first, first + PART_ROWS)
-        np.save(out / "img_emb" / f"img_emb_{part}.npy", image[owners[rows]])
-        np.save(out / "text_emb" / f"text_emb_{part}.npy", text[rows])
+        np.save(out / "img_emb" / f"img_emb_{part_number}.npy", image[owners[rows]])
+        np.save(out / "text_emb" / f"text_emb_{part_number}.npy", text[rows])
         columns = _columns(store, embedded.text_rows[rows], is_image=False)
         # clip-retrieval's back end shows a column of this name.
         columns = {"image_path": columns.pop("path"), **columns}
         table = arrow.table(columns)
-        arrow.parquet.write_table(table, out / "metadata" / f"metadata_{part}.parquet")
+        arrow.parquet.write_table(table, out / "metadata" / f"metadata_{part_number}.parquet")

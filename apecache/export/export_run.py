@@ -175,8 +175,10 @@ def _write_model(
                 write_onnx_model(model, scratch, spec.dtype)
                 exported = open_onnx_model(scratch, model)
                 tolerance = GRAPH_TOLERANCES[spec.dtype]
+        # Before the folder gets its name: an export that differs is not left behind.
         difference = compare_exported(exported, model, tolerance)
     if spec.to == "open_clip":
+        # open_clip's config names its own folder, which was a temporary one until here.
         from apecache.export.open_clip import retarget
 
         retarget(scratch, scratch, final)

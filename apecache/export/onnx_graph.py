@@ -51,6 +51,7 @@ def export_graph(
             dynamic_shapes=shapes,
             verbose=False,
         )
+        # One file, which can be moved and uploaded alone.
         program.save(str(path), external_data=False)
 
 
@@ -68,8 +69,10 @@ def quantize_graph(path: Path, out: Path, dtype: GraphDtype) -> None:
                 path,
                 out,
                 weight_type=QuantType.QInt8,
+                # A scale for each output channel: one for a whole matrix would be coarser.
                 per_channel=True,
                 op_types_to_quantize=["MatMul", "Gemm"],
+                # Only products with weights: attention multiplies two activations.
                 extra_options={"MatMulConstBOnly": True},
             )
             return

@@ -93,9 +93,11 @@ def open_onnx_model(folder: Path, model: WholeModel) -> ExportedModel:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    # Errors only.
     options.log_severity_level = 3
 
     def session(name: str) -> Any:
+        # A graph of another dtype has a suffix.
         (path,) = (folder / "onnx").glob(f"{name}*.onnx")
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
@@ -133,17 +135,19 @@ def text_prefix_of(encoder: TextEncoder) -> str:
 
 def _write_graph(folder: Path, name: str, dtype: GraphDtype, export: Any) -> None:
     """Write a graph in float32, and in its place the one of another dtype."""
-    plain = folder / f"{name}.onnx"
-    export(plain)
+    float32_graph = folder / f"{name}.onnx"
+    export(float32_graph)
     if dtype == "float32":
         return
     converted = folder / f"{name}{GRAPH_SUFFIXES[dtype]}.onnx"
-    quantize_graph(plain, converted, dtype)
-    plain.unlink()
+    # The converters take a graph in float32.
+    quantize_graph(float32_graph, converted, dtype)
+    float32_graph.unlink()
     require_loadable(converted, dtype)
 
 
 def _export_image(model: WholeModel, path: Path) -> None:
+    # Three images: an axis of size 1 would be taken as fixed.
     pixels = torch.zeros(3, *model.image.encoder.input_shape)
     export_graph(
         model.image,
@@ -157,6 +161,7 @@ def _export_image(model: WholeModel, path: Path) -> None:
 
 def _export_text(model: WholeModel, path: Path) -> None:
     encoder = model.text.encoder
+    # Three texts of different lengths, so that both axes are free and the mask is used.
     ids, mask = encoder.pad(encoder.tokenize(["a b", "a", "a b c"]).ids)
     # A model that sees its padding has one length.
     free = (0,) if encoder.length else (0, 1)
@@ -206,6 +211,7 @@ def _preprocessing(encoder: ImageEncoder) -> dict[str, Any] | None:
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": steps.edge},
+        # 3 is bicubic, which CLIP's own preprocessing takes.
         "resample": RESAMPLE.get(steps.interpolation, 3),
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},

@@ -56,8 +56,8 @@ def add_images(
         DataError: An image is not below `root`, or the store has its key already.
         OptionError: The recorded folder does not exist any more, and no other is given.
     """
-    place = as_place(store, "store")
-    opened = FeatureStore.open(place)
+    store_place = as_place(store, "store")
+    opened = FeatureStore.open(store_place)
     folder = Path(str(root if root is not None else opened.source["root"]))
     if not folder.is_dir():
         raise OptionError(f"{folder} is not a folder; give the folder of the images as --root")
@@ -65,7 +65,9 @@ def add_images(
     row_of_key = opened.pairs.row_of_key
     for key in keys:
         if key in row_of_key:
-            raise DataError(f"{place} has {key} already; after a change of it: apecache extract")
+            raise DataError(
+                f"{store_place} has {key} already; after a change of it: apecache extract"
+            )
     languages = ("",) * len(captions)
     added = [
         Pair(key=key, captions=tuple(captions), languages=languages, split=split, label=label)
@@ -77,7 +79,7 @@ def add_images(
         media=media_below(folder),
     )
     specs = recorded_specs(opened, device)
-    return [extract(source, place, spec, progress) for spec in specs]
+    return [extract(source, store_place, spec, progress) for spec in specs]
 
 
 def _key_below(image: Path, root: Path) -> str:
@@ -152,13 +154,13 @@ def delete_images(
         OptionError: There is no such column.
         DataError: A key is not in the store; or no image is left out, or all are.
     """
-    place = as_place(store, "store")
-    files = open_files(place)
+    store_place = as_place(store, "store")
+    files = open_files(store_place)
     opened = FeatureStore.at(files)
     for key in keys:
         if key not in opened.pairs.row_of_key:
-            some_keys = [str(known) for known in opened.pairs.keys[:10_000]]
-            raise DataError(f"{place} has no image {key!r}{nearest(key, some_keys)}")
+            some_keys = [str(stored_key) for stored_key in opened.pairs.keys[:10_000]]
+            raise DataError(f"{store_place} has no image {key!r}{nearest(key, some_keys)}")
     for column, _ in where:
         if column not in WHERE:
             raise OptionError(f"--where {column}=…: expected one of {', '.join(WHERE)}")

@@ -171,9 +171,11 @@ def equal_contents(source: PairSource) -> TableContents:
     stamps = stamp_files(source.media, source.keys)
     contents: list[str | None] = [None] * len(source)
     if isinstance(source.media, FolderMedia | TarMedia):
-        _, inverse, counts = np.unique(stamps.sizes, return_inverse=True, return_counts=True)
-        alike: NDArray[np.int64] = np.flatnonzero((counts[inverse] > 1) & (stamps.sizes > 0))
-        _hash(source, rows=alike.tolist(), contents=contents, problems={})
+        _, inverse, size_counts = np.unique(stamps.sizes, return_inverse=True, return_counts=True)
+        same_size_rows: NDArray[np.int64] = np.flatnonzero(
+            (size_counts[inverse] > 1) & (stamps.sizes > 0)
+        )
+        _hash(source, rows=same_size_rows.tolist(), contents=contents, problems={})
     return TableContents(stamps=stamps, contents=contents, recorded=[False] * len(source))
 
 

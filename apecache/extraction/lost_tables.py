@@ -79,6 +79,7 @@ class LostTables:
 
     def folders(self) -> list[str]:
         """Return the folders of all blocks that are recorded anywhere, in order."""
+        # Records, views and folders may each be lost: a block counts if any of them names it.
         recorded = {
             f"{SEGMENTS}/{name.removesuffix('.json')}" for name in self.files.list(SEGMENT_RECORDS)
         }
@@ -114,6 +115,7 @@ class LostTables:
     def _mend_source(self, folder: str) -> None:
         files = self.files.child(folder)
         identity = self._identity(folder)
+        # Without any record of the block its table is computed anew from the user's source.
         if identity is None:
             columns = self.columns(folder, self._recorded_digest(folder))
             restore_source(files, columns, self.source.media.place)
@@ -130,6 +132,7 @@ class LostTables:
     def _identity(self, folder: str) -> dict[str, Any] | None:
         """Return what the store or a view says of a block; None if nothing is left."""
         if folder:
+            # The record of the segment may be lost too; then a view is asked.
             with contextlib.suppress(DamagedError):
                 name = segment_record_name(folder.rpartition("/")[2])
                 record = read_record(self.files, name)
@@ -190,6 +193,7 @@ class LostTables:
         # Another object than the table itself may be lost.
         with contextlib.suppress(DataError, StoreError):
             yield block_columns(StoredBlock(folder=folder, store=FeatureStore.block(files)))
+        # A store that was made in one go has the user's whole table in its first block.
         if not folder:
             yield pair_columns(self.source)
         yield from self._parts(folder)
@@ -351,6 +355,7 @@ def mend_views(tables: LostTables) -> list[str]:
     """Write lost columns and copies of views again, and return their names."""
     files = tables.files
     mended: list[str] = []
+    # What is uncommitted was never promised, so there is nothing to mend.
     problems = [problem for problem in check_views(files).problems if problem.kind != "uncommitted"]
     for view_id in view_ids(files):
         folder = f"{view_folder(view_id)}/"
@@ -380,6 +385,7 @@ def _mend_columns(tables: LostTables, view_id: str, lost: Sequence[str]) -> list
             if name in lost and name not in mended and is_right:
                 files.write(name, data)
                 mended.add(name)
+        # The second candidate compares all images, which is slow: only where it is needed.
         if mended == set(lost):
             break
     return sorted(mended)
@@ -396,6 +402,7 @@ def _view_candidates(tables: LostTables, view_id: str) -> Iterator[View]:
         "image": np.arange(record.block_rows("image")),
         "text": np.arange(record.block_rows("text")),
     }
+    # Only a view that takes its blocks in order has a table that follows from them.
     if set(record.in_order) == {"image", "text"}:
         table: PairTable = join_tables([block.table for block in blocks], record.digest)
         yield draft_view(table, rows, [""] * len(table.keys), record)

@@ -78,22 +78,25 @@ def with_precision(
         EncoderError: an encoder cannot be loaded.
     """
     if spec.precision is not None and spec.precision not in PRECISIONS:
-        known = ", ".join(PRECISIONS)
+        known_precisions = ", ".join(PRECISIONS)
         hint = nearest(spec.precision, PRECISIONS)
-        raise OptionError(f"precision {spec.precision!r}: expected one of {known}{hint}")
+        raise OptionError(f"precision {spec.precision!r}: expected one of {known_precisions}{hint}")
     device = resolve_device(spec.device) if measure else CPU
     records = _records(files)
     measured: list[MeasuredPrecision] = []
     decided: dict[EncoderSpec, Precision] = {}
     for cuts in _by_model((*spec.images, *spec.texts)):
         stored = _stored_precisions(cuts, records)
-        asked = spec.precision or (cuts[0].dtype if cuts[0].dtype != "float32" else None)
-        if stored and (asked is None or asked in stored):
-            precision: Precision = asked or stored[0]
-        elif asked is not None:
-            precision = asked
-            if asked != "float32" and measure:
-                measured.append(_measured(cuts, [asked], source, spec, device)[asked])
+        requested_precision = spec.precision or (
+            cuts[0].dtype if cuts[0].dtype != "float32" else None
+        )
+        if stored and (requested_precision is None or requested_precision in stored):
+            precision: Precision = requested_precision or stored[0]
+        elif requested_precision is not None:
+            precision = requested_precision
+            if requested_precision != "float32" and measure:
+                figures = _measured(cuts, [requested_precision], source, spec, device)
+                measured.append(figures[requested_precision])
         elif is_accelerator(device):
             by_precision = _measured(cuts, BY_EXACTNESS[1:], source, spec, device)
             precision = _fastest(by_precision.values())
@@ -269,8 +272,8 @@ def _valid_numbers(encoded: Tensor, batch: Tensor | list[list[int]]) -> list[Ten
 def _worst_error(exact: Sequence[Tensor], rounded: Sequence[Tensor]) -> float:
     """Return the largest 1 - cosine of a row of any cut; infinity where numbers are not finite."""
     errors: list[float] = []
-    for expected, found in zip(exact, rounded, strict=True):
-        cosines = torch.cosine_similarity(expected.double(), found.double())
+    for exact_rows, rounded_rows in zip(exact, rounded, strict=True):
+        cosines = torch.cosine_similarity(exact_rows.double(), rounded_rows.double())
         errors.append(float((1 - cosines).max()))
     worst = max(errors)
     # NaN would pass every comparison with a limit.

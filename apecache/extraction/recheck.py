@@ -104,14 +104,16 @@ def _as_stored(fresh: NDArray[np.float32], layout: ArrayLayout) -> NDArray[np.fl
     return rounded
 
 
-def _encode_rows(job: ImageJob | TextJob, place: int, rows: list[int]) -> NDArray[np.float32]:
+def _encode_rows(
+    job: ImageJob | TextJob, target_position: int, rows: list[int]
+) -> NDArray[np.float32]:
     """Encode rows by one target alone -> float32 [n, *row_shape of the array]."""
     if isinstance(job, TextJob):
         texts = [job.source.captions[row] for row in rows]
-        return _encode_texts(job.targets[place], texts)
+        return _encode_texts(job.targets[target_position], texts)
     target_job = ImageJob(
         source=job.source,
-        targets=(job.targets[place],),
+        targets=(job.targets[target_position],),
         workers=1,
         views=job.views,
     )
@@ -120,7 +122,7 @@ def _encode_rows(job: ImageJob | TextJob, place: int, rows: list[int]) -> NDArra
         (pixels,) = target_job.preprocess(target_job.load(job.key(row)))
         row_pixels.append(pixels)
     batch = torch.stack(row_pixels)
-    encoder = job.targets[place].encoder
+    encoder = job.targets[target_position].encoder
     view_features = [encoder.encode(batch[:, view]) for view in range(batch.shape[1])]
     features = torch.stack(view_features, 1) if job.views else view_features[0]
     encoded: NDArray[np.float32] = features.numpy()

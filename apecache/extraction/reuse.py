@@ -149,7 +149,7 @@ def add_reusable_block(source: PairSource, files: Files, reusable: ReusableStore
         image_rows=[-1] * len(captions),
         origin=source.origin,
     )
-    part = BlockInputs(
+    block_inputs = BlockInputs(
         columns=columns,
         keys=columns.keys,
         contents=list(keys),
@@ -157,6 +157,6 @@ def add_reusable_block(source: PairSource, files: Files, reusable: ReusableStore
         pixels=source.pixels,
     )
     folder = new_folder(files, columns.digest)
-    make_segment(Segment(store=files, folder=folder, part=part))
+    make_segment(Segment(store=files, folder=folder, part=block_inputs))
     # What was hashed here is not hashed again when the table is planned.
     write_stamps(files, stamp_table(source.keys, contents.stamps, contents.contents))

@@ -171,7 +171,7 @@ def _extract_segment(
         _run(
             opened.files,
             job=job,
-            part=spec.part,
+            shard_range=spec.part,
             total=totals[modality],
             progress=progress,
             reusable=reusable,
@@ -189,8 +189,12 @@ def prepare_jobs(
 
     Raises as `prepare_arrays` does.
     """
-    image_passes = _image_jobs(opened, encoders=encoders.image, part=part, spec=spec, totals=totals)
-    text_passes = _text_jobs(opened, encoders=encoders.text, part=part, spec=spec, totals=totals)
+    image_passes = _image_jobs(
+        opened, encoders=encoders.image, part_inputs=part, spec=spec, totals=totals
+    )
+    text_passes = _text_jobs(
+        opened, encoders=encoders.text, part_inputs=part, spec=spec, totals=totals
+    )
     return [*image_passes, *text_passes]
 
 
@@ -217,9 +221,9 @@ def require_inputs(source: PairSource, spec: ExtractSpec) -> None:
 def _require_findable(source: PairSource, spec: ExtractSpec) -> None:
     """Refuse a wrong --root; single missing images are quarantined later."""
     media = base_media(source.media)
-    part = spec.part
+    task_part = spec.part
     # Parts run side by side, so each looks for its share of the rows only.
-    keys = source.keys[part.number - 1 :: part.count]
+    keys = source.keys[task_part.number - 1 :: task_part.count]
     if isinstance(media, ObjectMedia):
         # Looking for an object costs a request, so a sample has to do.
         stride = -(-len(keys) // MOST_LOOKED_FOR) or 1
@@ -250,10 +254,10 @@ def new_totals(
     """Return empty totals of some blocks for each modality that has encoders."""
     totals: dict[Modality, ModalityCounts] = {}
     if encoders.image:
-        n_images = sum(len(part) for part in parts)
+        n_images = sum(len(part_inputs) for part_inputs in parts)
         totals["image"] = ModalityCounts(modality="image", rows=n_images)
     if encoders.text:
-        n_texts = sum(len(part.captions) for part in parts)
+        n_texts = sum(len(part_inputs.captions) for part_inputs in parts)
         totals["text"] = ModalityCounts(modality="text", rows=n_texts)
     return totals
 
@@ -261,7 +265,7 @@ def new_totals(
 def _image_jobs(
     store: FeatureStore,
     encoders: tuple[ImageEncoder, ...],
-    part: Inputs,
+    part_inputs: Inputs,
     spec: ExtractSpec,
     totals: dict[Modality, ModalityCounts],
 ) -> Iterator[ImageJob]:
@@ -269,7 +273,7 @@ def _image_jobs(
         records = _prepared(
             store,
             encoders=encoders,
-            rows=len(part),
+            rows=len(part_inputs),
             spec=spec,
             total=totals["image"],
             captions=(),
@@ -279,7 +283,7 @@ def _image_jobs(
             for encoder, record in zip(encoders, records, strict=True)
         ]
         jobs = image_jobs(
-            part,
+            part_inputs,
             targets=targets,
             workers=spec.decoders,
             views=spec.views,
@@ -292,7 +296,7 @@ def _image_jobs(
 def _text_jobs(
     store: FeatureStore,
     encoders: tuple[TextEncoder, ...],
-    part: Inputs,
+    part_inputs: Inputs,
     spec: ExtractSpec,
     totals: dict[Modality, ModalityCounts],
 ) -> Iterator[TextJob]:
@@ -300,16 +304,16 @@ def _text_jobs(
         records = _prepared(
             store,
             encoders=encoders,
-            rows=len(part.captions),
+            rows=len(part_inputs.captions),
             spec=spec,
             total=totals["text"],
-            captions=part.captions,
+            captions=part_inputs.captions,
         )
         targets = [
             ArrayTarget(encoder=encoder, record=record)
             for encoder, record in zip(encoders, records, strict=True)
         ]
-        jobs = text_jobs(part, targets)
+        jobs = text_jobs(part_inputs, targets)
         totals["text"].passes = len(jobs)
         yield from jobs
 
@@ -341,7 +345,7 @@ def _prepared(
 def _run(
     files: Files,
     job: ImageJob | TextJob,
-    part: ShardRange,
+    shard_range: ShardRange,
     total: ModalityCounts,
     progress: ExtractionProgress,
     reusable: ReusableStore | None = None,
@@ -351,10 +355,10 @@ def _run(
     Arrays that are complete then are sealed.
     """
     writers = [ArrayWriter(files, target.record) for target in job.targets]
-    part_shards = [shard for shard in range(job.layout.n_shards) if shard in part]
+    part_shards = [shard for shard in range(job.layout.n_shards) if shard in shard_range]
     if reusable is not None:
         for writer in writers:
-            missing = [shard for shard in writer.pending() if shard in part]
+            missing = [shard for shard in writer.pending() if shard in shard_range]
             reusable.copy_shards(writer, job, missing)
     committed = [writer.committed().keys() for writer in writers]
     # A shard is encoded for all arrays of the job if any of them lacks it.
@@ -386,7 +390,7 @@ def _run(
         advance(0)
     # Of several parts the one that ends last finds nothing pending, and seals.
     for writer in writers:
-        if part.whole or not writer.pending():
+        if shard_range.whole or not writer.pending():
             writer.seal()
         total.tallies[writer.record.name].seconds += time.perf_counter() - begin
 

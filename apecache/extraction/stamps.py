@@ -66,7 +66,7 @@ class FileStamps:
 
 def stamp_files(media: Media, keys: Sequence[str]) -> FileStamps:
     """Look at the files of images, without reading them."""
-    sizes = np.full(len(keys), UNKNOWN_SIZE, np.int64)
+    file_sizes = np.full(len(keys), UNKNOWN_SIZE, np.int64)
     times = np.zeros(len(keys), np.int64)
     match media:
         case RuledMedia():
@@ -75,24 +75,24 @@ def stamp_files(media: Media, keys: Sequence[str]) -> FileStamps:
             return stamp_files(media.media, [media.names.get(key, key) for key in keys])
         case FolderMedia():
             for row, key in enumerate(keys):
-                sizes[row], times[row] = _file_stamp(media, key)
+                file_sizes[row], times[row] = _file_stamp(media, key)
         case TarMedia():
             tar_times = [os.stat(tar).st_mtime_ns for tar in media.tars]
             for row, key in enumerate(keys):
                 member = media.members.get(key)
-                sizes[row] = MISSING_SIZE if member is None else member.size
+                file_sizes[row] = MISSING_SIZE if member is None else member.size
                 times[row] = 0 if member is None else tar_times[member.tar]
         case ObjectMedia():
-            sizes, times = _object_stamps(media, keys)
+            file_sizes, times = _object_stamps(media, keys)
         case TableMedia():
             # Sizes of single images would have to be decoded; the files' own times tell enough.
             file_times = [os.stat(path).st_mtime_ns for path in media.groups.paths]
             for row, key in enumerate(keys):
-                place = media.places.get(key)
-                times[row] = 0 if place is None else file_times[place.file]
+                row_place = media.places.get(key)
+                times[row] = 0 if row_place is None else file_times[row_place.file]
         case _:
-            return FileStamps(sizes=sizes, times=times, tells=isinstance(media, NoMedia))
-    return FileStamps(sizes=sizes, times=times, tells=True)
+            return FileStamps(sizes=file_sizes, times=times, tells=isinstance(media, NoMedia))
+    return FileStamps(sizes=file_sizes, times=times, tells=True)
 
 
 def _file_stamp(media: FolderMedia, key: str) -> tuple[int, int]:
@@ -110,15 +110,15 @@ def _object_stamps(
     """Look at objects by one listing of their folder."""
     bucket, folder = open_bucket(media.root)
     entries = {entry.key: entry for entry in bucket.walk(folder)}
-    sizes = np.full(len(keys), MISSING_SIZE, np.int64)
+    object_sizes = np.full(len(keys), MISSING_SIZE, np.int64)
     times = np.zeros(len(keys), np.int64)
     for row, key in enumerate(keys):
         name = posixpath.normpath(key)
         entry = entries.get(f"{folder}/{name}" if folder else name)
         if entry is not None:
-            sizes[row] = entry.size
+            object_sizes[row] = entry.size
             times[row] = int(entry.modified.timestamp() * 1e6) * 1000
-    return sizes, times
+    return object_sizes, times
 
 
 def hash_files(media: Media, keys: Sequence[str]) -> list[tuple[str, str]]:

@@ -156,8 +156,8 @@ def plan_table(source: PairSource, files: Files, spec: ExtractSpec) -> TablePlan
         )
     segments: list[Segment] = []
     for block in used:
-        part = stored_inputs(source, block, rows)
-        segments.append(Segment(store=files, folder=block.folder, part=part))
+        block_inputs = stored_inputs(source, block, rows)
+        segments.append(Segment(store=files, folder=block.folder, part=block_inputs))
     if new_block is not None:
         segments.append(new_block)
     return TablePlan(
@@ -175,10 +175,10 @@ def require_same_scale(source: PairSource, files: Files) -> None:
     options = read_record(files, SOURCE).get("options", {})
     recorded = spec_of_options(options).pixels.scale
     if recorded != source.pixels.scale:
-        here = _scale_text(source.pixels.scale)
+        source_scale = _scale_text(source.pixels.scale)
         raise MismatchError(
-            f"{files.place} was made with --scale {_scale_text(recorded)}, not {here}; give the "
-            "same --scale, or choose another --store",
+            f"{files.place} was made with --scale {_scale_text(recorded)}, not {source_scale}; "
+            "give the same --scale, or choose another --store",
             [("scale", source.pixels.scale, recorded)],
         )
 
@@ -355,14 +355,14 @@ def _new_block(
         image_rows=image_rows,
         origin=source.origin,
     )
-    part = BlockInputs(
+    block_inputs = BlockInputs(
         columns=columns,
         keys=keys,
         contents=declared,
         media=source.media,
         pixels=source.pixels,
     )
-    return Segment(store=files, folder=new_folder(files, columns.digest), part=part)
+    return Segment(store=files, folder=new_folder(files, columns.digest), part=block_inputs)
 
 
 def new_folder(files: Files, digest: str) -> str:

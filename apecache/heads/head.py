@@ -125,9 +125,9 @@ class HeadSpec(Settings):
 
     def with_widths(self, widths: tuple[int, ...]) -> "HeadSpec":
         """Return the same head with the widths of the joined features, where it needs them."""
-        parts = tuple(part.with_widths(widths) for part in self.parts)
+        head_parts = tuple(head_part.with_widths(widths) for head_part in self.parts)
         if self.join == "concat":
-            return self.model_copy(update={"parts": parts})
+            return self.model_copy(update={"parts": head_parts})
         return self.model_copy(update={"widths": widths})
 
 

@@ -109,8 +109,8 @@ class Canonical(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weighted = normalize(self.linear(x)) * self.weights
-        rest = (1 - weighted.square().sum(-1, keepdim=True)).clamp_min(0).sqrt()
-        return torch.cat([weighted, rest * self.complement], dim=-1)
+        rest_length = (1 - weighted.square().sum(-1, keepdim=True)).clamp_min(0).sqrt()
+        return torch.cat([weighted, rest_length * self.complement], dim=-1)
 
 
 class Dictionary(nn.Module):

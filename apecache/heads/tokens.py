@@ -20,6 +20,7 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         # The mean over no tokens would be NaN.
         return x.mean(1) if x.shape[1] else x.new_zeros(len(x), x.shape[2])
+    # Masked before the sum, because padding may be NaN and NaN times 0 is NaN.
     is_token = mask.unsqueeze(-1)
     total = x.masked_fill(~is_token, 0).sum(1)
     return total / is_token.sum(1).clamp_min(1)
@@ -31,6 +32,7 @@ def pool(x: Tensor, mask: Tensor | None, how: str) -> Tensor:
         case "cls":
             return x[:, 0]
         case "cls-and-mean":
+            # The first token is added by itself, so the mean leaves it out.
             later_mask = None if mask is None else mask[:, 1:]
             return x[:, 0] + masked_mean(x[:, 1:], later_mask)
         case _:
@@ -107,6 +109,7 @@ class AttentionPool(nn.Module):
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.n_heads = _n_heads(spec, in_dim)
+        # Small at first: attention begins close to the mean over all tokens.
         self.query = nn.Parameter(torch.randn(in_dim) * 0.02)
         self.norm = nn.LayerNorm(in_dim)
         self.keys_values = nn.Linear(in_dim, 2 * in_dim)
@@ -134,6 +137,7 @@ class Anchors(nn.Module):
     def __init__(self, spec: HeadSpec, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(in_dim)
+        # Of about length 1, whatever the width of the features.
         self.anchors = nn.Parameter(torch.randn(out_dim, in_dim) / math.sqrt(in_dim))
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.dropout = nn.Dropout(spec.dropout)
@@ -142,6 +146,7 @@ class Anchors(nn.Module):
         scores = _cosines(self.dropout(self.norm(x)), self.anchors)
         attention = self.log_scale.exp() * scores
         if mask is not None:
+            # Padding takes no share of the attention.
             attention = attention.masked_fill(~mask.unsqueeze(-1), -torch.inf)
         y: Tensor = (attention.softmax(1) * scores).sum(1)
         return y
@@ -264,6 +269,7 @@ class TokenHead(Head):
         x = self.standardized(features)
         y = self.body(x, mask)
         if self.direct is not None:
+            # The skip connection sees the pooled input, because the body pools as well.
             y = y + self.direct(masked_mean(x, mask))
         return normalize(y, dim=-1)
 

@@ -40,8 +40,8 @@ def dev_report(
         pairs=pairs,
         relevance=relevance,
     )
-    both = (graded.image_to_text.map_at_r, graded.text_to_image.map_at_r)
-    return replace(report, map_at_r=sum(both) / 2)
+    both_precisions = (graded.image_to_text.map_at_r, graded.text_to_image.map_at_r)
+    return replace(report, map_at_r=sum(both_precisions) / 2)
 
 
 def has_few_captions(relevance: Relevance, n_images: int) -> bool:

@@ -169,6 +169,7 @@ def _problems(
     for extra, extra_requirements in requirements.items():
         for requirement in extra_requirements:
             number = installed_version(requirement.name)
+            # An extra that is missing is no problem: the user may not need it.
             if not number and not extra:
                 problems.append(f"{requirement.name} is not installed; run: pip install apecache")
             if number and not requirement.specifier.contains(number, prereleases=True):
@@ -184,6 +185,7 @@ def _problems(
             f"{wheels} provide the same module; uninstall both and install one: "
             "pip install 'apecache[cpu]' or 'apecache[gpu]'"
         )
+    # Work on the CPU beside an idle GPU is hardly ever meant.
     if device.name == "cpu" and has_nvidia_driver():
         if device.cuda_build is None:
             problems.append(
@@ -201,6 +203,7 @@ def _problems(
 
 
 def _n_cpus() -> int:
+    # Containers and job schedulers grant fewer CPUs than the machine has.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

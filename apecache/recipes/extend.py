@@ -36,6 +36,7 @@ class RecipeLayer:
             )
         if not is_file(base):
             return base
+        # A base is named as seen from the recipe that extends it.
         return os.path.join(os.path.dirname(self.name), base)
 
 
@@ -70,6 +71,7 @@ def merged_layers(layers: Sequence[RecipeLayer]) -> dict[str, Any]:
     """
     outermost, *bases = layers
     merged: dict[str, Any] = {}
+    # From the innermost outwards, so that the recipe itself has the last word.
     for layer in reversed(bases):
         inherited = {key: layer.values[key] for key in layer.values if key not in NOT_INHERITED}
         merged = _merged_sections(merged, inherited)
@@ -81,6 +83,7 @@ def _merged_sections(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict
     merged = dict(base)
     for key, value in values.items():
         base_value = base.get(key)
+        # Sections merge setting by setting; all other values replace the base's.
         if isinstance(base_value, dict) and isinstance(value, dict):
             merged[key] = {**base_value, **value}
         else:

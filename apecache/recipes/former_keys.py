@@ -48,8 +48,8 @@ def _is_later_default(key: str, value: Any) -> bool:
     if key not in LATER_DEFAULTS:
         return False
     # JSON has lists where a model has tuples.
-    plain = list(value) if isinstance(value, tuple) else value
-    return bool(plain == LATER_DEFAULTS[key])
+    json_value = list(value) if isinstance(value, tuple) else value
+    return bool(json_value == LATER_DEFAULTS[key])
 
 
 def _renamed(value: Any, keys: Mapping[str, str], kinds: Mapping[str, str]) -> Any:

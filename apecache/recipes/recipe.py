@@ -294,8 +294,8 @@ def load_recipe(name: AnyPath, settings: Sequence[str] = ()) -> Recipe:
     for setting in settings:
         values = _override(values, setting)
     # A wrong key may stand in any of the files.
-    where = " extending ".join(layer.name for layer in layers) if is_file(name) else name
-    return parse_recipe(values, where)
+    recipe_names = " extending ".join(layer.name for layer in layers) if is_file(name) else name
+    return parse_recipe(values, recipe_names)
 
 
 def _read_layers(name: str) -> list[RecipeLayer]:

@@ -65,6 +65,7 @@ def write_forecast_page(report: ForecastReport, path: Path) -> Path:
         y_label="mean R@1, %",
         curves=(
             Curve(name="measured", points=measured),
+            # The curve goes on from the last measured point.
             Curve(name="predicted", points=(measured[-1], *predicted)),
             Curve(name="95 %, lower end", points=low),
             Curve(name="95 %, upper end", points=high),

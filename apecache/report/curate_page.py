@@ -95,6 +95,7 @@ def _copies_table(title: str, copies: tuple[NearCopy, ...]) -> Table:
 
 
 def _galleries(report: CurateReport, open_image: PictureOf | None) -> tuple[Gallery, ...]:
+    # A page of many pictures would be too large to open: the JSON has all findings.
     captions = report.wrong_captions[:MAX_PICTURES]
     undescribed = report.undescribed[:MAX_PICTURES]
     galleries: list[Gallery] = []

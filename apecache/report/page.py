@@ -260,11 +260,11 @@ def _plot(chart: Chart) -> _Plot:
     y_ticks = ticks(y_low, y_high)
     y_labels = _labels(y_ticks)
     # Sized for the larger type of the narrow layout, about 9 units a character.
-    left = 14 + 9 * max(map(len, y_labels))
-    right = _WIDTH - _RIGHT
-    bottom = _HEIGHT - _BOTTOM
-    x_scale = _Scale(low=x_low, high=x_high, start=left + _INSET, end=right - _INSET)
-    y_scale = _Scale(low=y_ticks[0], high=y_ticks[-1], start=bottom, end=_TOP)
+    left_edge = 14 + 9 * max(map(len, y_labels))
+    right_edge = _WIDTH - _RIGHT
+    bottom_edge = _HEIGHT - _BOTTOM
+    x_scale = _Scale(low=x_low, high=x_high, start=left_edge + _INSET, end=right_edge - _INSET)
+    y_scale = _Scale(low=y_ticks[0], high=y_ticks[-1], start=bottom_edge, end=_TOP)
     # Without points the axes have no meaning: the template says so instead of drawing ticks.
     labeled_x: tuple[tuple[str, str], ...] = ()
     labeled_y: tuple[tuple[str, str], ...] = ()
@@ -274,10 +274,10 @@ def _plot(chart: Chart) -> _Plot:
     return _Plot(
         width=_WIDTH,
         height=_HEIGHT,
-        left=left,
-        right=right,
+        left=left_edge,
+        right=right_edge,
         top=_TOP,
-        bottom=bottom,
+        bottom=bottom_edge,
         x_ticks=labeled_x,
         y_ticks=labeled_y,
         lines=tuple(_line(curve, x_scale, y_scale) for curve in chart.curves),

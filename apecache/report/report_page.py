@@ -101,6 +101,7 @@ def report_page(runs: Sequence[AnyPath], out: AnyPath, spec: ReportSpec | None =
     records = read_records(folders)
     measured = _measure_all(records, spec)
     reports = {name: run.report for name, run in measured.items()}
+    # Without a store the page shows what the runs recorded of their dev split.
     if not reports:
         reports = {record.name: record.dev for record in records if record.dev}
     if not reports:
@@ -125,6 +126,7 @@ def _galleries(measured: dict[str, _RunMeasurements], spec: ReportSpec) -> tuple
     """Make the galleries of the run with the best mean recall."""
     if spec.store is None:
         return ()
+    # A ready-made model is listed last, and is not what the page is about.
     of_runs = list(measured)[: -1 if spec.baseline else None]
     best = max(of_runs, key=lambda name: measured[name].report.mean_recall)
     galleries = retrieval_galleries(
@@ -144,6 +146,7 @@ def _measure_all(records: Sequence[RunRecord], spec: ReportSpec) -> dict[str, _R
         return {}
     measured = {record.name: _measure(record, store, spec) for record in records}
     if spec.baseline is not None:
+        # The baseline is measured on the images and captions of the first run.
         first = measured[records[0].name]
         measured[f"{spec.baseline} (ready-made)"] = _measure_baseline(first, store, spec)
     return measured
@@ -225,6 +228,7 @@ def _tables(
     spec: ReportSpec,
 ) -> list[Table]:
     split_name = "dev split" if spec.split is None else f"split {spec.split}"
+    # Recalls on images that were trained or chosen on need the warning beside them.
     was_seen = spec.split is None or any(_seen(record, spec) for record in records)
     note = CHOSEN_ON if was_seen else ""
     tables = [
@@ -263,6 +267,7 @@ def suite_tables(paths: Mapping[str, Path]) -> list[Table]:
                 )
                 rows.setdefault(report.suite, []).append((*cells, row.n_images))
             if report.main_score is not None:
+                # The score is DataComp's only if all of its tasks were measured.
                 n_measured = N_DATACOMP - len(report.missing)
                 title = f"mean of the {n_measured} measured of {N_DATACOMP} tasks"
                 rows[report.suite].append((name, title, "", 100 * report.main_score, "", ""))

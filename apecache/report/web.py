@@ -121,8 +121,8 @@ def api_routes(api: SearchApi) -> list[Route]:
 
     async def embed(request: Request) -> Response:
         value, pictures = await _sent(request)
-        wanted = parse_embed(value)
-        return JSONResponse(await run_in_threadpool(lambda: api.embed(wanted, pictures)))
+        embed_request = parse_embed(value)
+        return JSONResponse(await run_in_threadpool(lambda: api.embed(embed_request, pictures)))
 
     async def described(_: Request) -> Response:
         return JSONResponse(openapi(version("apecache")))

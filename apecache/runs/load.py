@@ -173,8 +173,8 @@ def text_embedder(side: RunSide, device: str = "auto", moved: EncoderSpec | None
 
 def _prepared_by(
     side: TrainedSide,
-    found: Fingerprint,
-    where: str,
+    found_fingerprint: Fingerprint,
+    encoder_origin: str,
 ) -> Callable[[Tensor], Tensor]:
     """Return what is done with live features before the head: nothing, or normalization.
 
@@ -185,8 +185,8 @@ def _prepared_by(
         MismatchError: The encoder is not the one that the head was trained on.
     """
     if NORMALIZED not in side.fingerprint.fields:
-        side.require_encoder(found, where)
+        side.require_encoder(found_fingerprint, encoder_origin)
         return lambda features: features
-    normalized_fields = {**found.fields, NORMALIZED: True}
-    side.require_encoder(Fingerprint(fields=normalized_fields), where)
+    normalized_fields = {**found_fingerprint.fields, NORMALIZED: True}
+    side.require_encoder(Fingerprint(fields=normalized_fields), encoder_origin)
     return normalize

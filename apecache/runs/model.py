@@ -141,8 +141,8 @@ def load(
     require_type(image, EncoderSpec, "image", optional=True)
     require_type(text, EncoderSpec, "text", optional=True)
     # All weights are read here: a copy that was fetched is removed at the end of the block.
-    place = as_place(run, "run")
-    with fetched_run(place) as folder:
+    run_place = as_place(run, "run")
+    with fetched_run(run_place) as folder:
         bundled_image, bundled_text = bundled_encoders(folder)
         model = ImageTextModel(
             run=load_run(
@@ -155,7 +155,7 @@ def load(
             text=text or bundled_text,
             device=device,
         )
-        if is_object_url(place) and (bundled_image or bundled_text):
+        if is_object_url(run_place) and (bundled_image or bundled_text):
             # The encoders lie in the copy that is removed below.
             model.encode_text(["a"])
             model.encode_image([Image.new("RGB", (32, 32))])

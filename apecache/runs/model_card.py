@@ -185,6 +185,7 @@ def _card(
     if training.get("init_from"):
         facts.append(("begins with the heads of fingerprint", str(training["init_from"])))
     data = [
+        # The card may be published: of the data it names the last part of the path only.
         ("data", Path(origin).name or UNKNOWN),
         ("license of the data", UNKNOWN),
         ("license of these weights", UNKNOWN),
@@ -198,6 +199,7 @@ def _card(
         ("training images", f"{training.get('n_train_images', 0):,}"),
         ("dev images", f"{training.get('n_dev_images', 0):,}"),
     ]
+    # The hub reads the front matter; people read the tables below it.
     metadata = front_matter(recipe.name, encoders=subject.encoders, dev=dev, origin=origin)
     costs = [(label, _number(value)) for label, value in ledger.rows()]
     lines = [
@@ -258,7 +260,9 @@ def _setting_rows(subject: CardSubject, recipe: Recipe) -> Iterator[Row]:
     Left out are the candidates of a closed form, and the optimizer, loss and schedule of a recipe
     that trains nothing.
     """
+    # A closed form takes no steps, so settings of steps would mislead.
     fixed = recipe.schedule.epochs == 0 and recipe.schedule.steps == 0
+    # These are shown elsewhere on the card.
     idle = {"name", "summary", "source", "image", "text", "closed_form"}
     idle |= {"loss", "optimizer", "schedule", "augmentation"} if fixed else set()
     idle |= set() if recipe.trains_towers else {"towers"}
@@ -322,6 +326,7 @@ def public_name(spec: EncoderSpec) -> str:
     singles = spec.singles
     if len(singles) > 1:
         return " + ".join(public_name(single) for single in singles)
+    # A full path would show the user's folders to readers of the card.
     if spec.folder:
         spec = replace(spec, name=spec.folder.resolve().name)
     return str(spec)
@@ -353,6 +358,7 @@ def _chosen_by(dev: RetrievalReport) -> str:
     return (
         f"{sentence} Few of their captions differ, so it was chosen by mAP@R "
         f"({dev.map_at_r:.1f} %) in place of the mean recall."
+        # The hub turns @name into a link to a user.
     ).replace("@", "\\@")
 
 

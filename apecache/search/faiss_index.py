@@ -128,9 +128,9 @@ class VectorIndex:
         for begin in range(0, len(rows), TILE):
             tile_rows = rows[begin : begin + TILE]
             stored = self._flat[tile_rows] if self.factory == "Flat" else self.vectors(tile_rows)
-            scores, found = exact_search(stored, queries, min(k, len(tile_rows)))
+            scores, tile_positions = exact_search(stored, queries, min(k, len(tile_rows)))
             best = np.concatenate((best, scores), axis=1)
-            best_rows = np.concatenate((best_rows, tile_rows[found]), axis=1)
+            best_rows = np.concatenate((best_rows, tile_rows[tile_positions]), axis=1)
         order = np.argsort(-best, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(best, order, 1), np.take_along_axis(best_rows, order, 1)
 

@@ -256,7 +256,7 @@ def _write(
         "texts": np.ascontiguousarray(embedded.text.cpu()),
     }
     dim = settings.dim or embedded.image.shape[1]
-    vectors = {part: _kept(values, dim) for part, values in full_vectors.items()}
+    vectors = {side_name: _kept(values, dim) for side_name, values in full_vectors.items()}
     image_rows, text_rows = _rows(store, loaded, embedded)
     rows: dict[Part, list[Row]] = {"images": image_rows, "texts": text_rows}
     reports: dict[Part, KindReport] = {}

@@ -81,6 +81,7 @@ class Query:
     @property
     def modality(self) -> Part:
         """Return `images` for pictures alone, and `texts` for words, or words and pictures."""
+        # `unlike` counts too: words there need the text encoder.
         terms = (*self.like, *self.unlike)
         return "images" if all(self.path_of(text) for text in terms) else "texts"
 
@@ -139,9 +140,11 @@ class SearchIndex:
         folder = as_path(path, "path")
         description = read_description(folder)
         bundled_image, bundled_text = bundled_encoders(folder)
+        # An encoder that the user names goes before the one in the bundle.
         image = image or bundled_image
         text = text or bundled_text
         run = load_run(folder, device="cpu", image=image, text=text)
+        # Vectors of other heads would give wrong results without any error.
         if run.digest != description.get("head"):
             raise RunError(
                 f"{folder} was built with another head than the one in it; build the index again"
@@ -222,6 +225,7 @@ class SearchIndex:
             raise OptionError("--where and --csls exclude each other: leave one out")
         vector = self.embed(query).cpu().numpy()
         vectors, rows = self._opened(modality)
+        # CSLS ranks again: a good result may stand lower by its cosine alone.
         n_candidates = max(k, CSLS_CANDIDATES) if csls else k
         if where is None:
             all_scores, all_rows = vectors.search(vector, n_candidates)
@@ -275,8 +279,8 @@ class SearchIndex:
         Returns:
             The cosine; None for an index that was built without it, or with too few rows.
         """
-        part = self._part(target)
-        value = (self.description.get("nothing_found") or {}).get(part)
+        target_part = self._part(target)
+        value = (self.description.get("nothing_found") or {}).get(target_part)
         return None if value is None else float(value)
 
     def _part(self, target: Target) -> Part:
@@ -310,6 +314,7 @@ class SearchIndex:
             self._embed_picture(image, f"images[{number}]")
             for number, image in enumerate(query.images)
         ]
+        # What is unlike these has a negative cosine with them.
         terms += [-self._embed(text, query.path_of(text)) for text in query.unlike]
         total = torch.cat(terms).sum(0, keepdim=True)
         # Rounding errors have a direction too, so a sum near zero is not normalized.
@@ -331,6 +336,7 @@ class SearchIndex:
     def _shortened(self, embedded: Tensor) -> Tensor:
         """Return the values that the index keeps of an embedding, L2-normalized again."""
         dim = int(self.description.get("dim", embedded.shape[1]))
+        # A shorter vector is not of length 1 any more.
         return embedded if dim == embedded.shape[1] else normalize(embedded[:, :dim], dim=1)
 
     def _embed_picture(self, picture: Picture, name: str) -> Tensor:
@@ -364,11 +370,13 @@ class SearchIndex:
         """
         result_vectors = vectors.vectors(rows)
         neighbor_cosines, neighbor_rows = neighbor_index.search(result_vectors, CSLS_NEIGHBORS)
+        # An approximate index may find fewer than asked for: -1 marks what is missing.
         near_rows = np.where(neighbor_rows >= 0, neighbor_cosines, 0).sum(1) / np.maximum(
             (neighbor_rows >= 0).sum(1),
             1,
         )
         scores = 2 * cosines - cosines[:CSLS_NEIGHBORS].mean() - near_rows
+        # Stable, so that equal scores keep the order of their cosines.
         order = np.argsort(-scores, kind="stable")
         return scores[order], rows[order]
 
@@ -430,6 +438,7 @@ def image_path(query: str) -> Path | None:
     # Words can be too long for a path, or hold a null character: then the system refuses them.
     try:
         path = Path(query)
+        # A sentence that ends in `.jpg` is still a sentence.
         has_space = any(character.isspace() for character in query.strip())
         is_named = path.suffix.lower() in SUFFIXES and not has_space
         return path if path.is_file() or is_named else None

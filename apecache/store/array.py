@@ -301,13 +301,16 @@ class FeatureArray:
         """
         array_name = f"{self.record.modality}/{self.name}"
         name = f"{records_folder(self.record.modality, self.name)}/seal.json"
-        wanted = read_record(self.files, name).get("digest")
-        found = []
+        sealed_digest = read_record(self.files, name).get("digest")
+        commit_hashes = []
         for record, record_hash in read_commits(self.files, self.record):
-            found.append(record_hash)
+            commit_hashes.append(record_hash)
             yield record
-        if len(found) != self.record.layout.n_shards or digest_commits(found) != wanted:
-            have = f"{len(found)} of {self.record.layout.n_shards} commit records found"
+        if (
+            len(commit_hashes) != self.record.layout.n_shards
+            or digest_commits(commit_hashes) != sealed_digest
+        ):
+            have = f"{len(commit_hashes)} of {self.record.layout.n_shards} commit records found"
             raise DamagedError(
                 f"{array_name} is not what was sealed ({have}); restore "
                 f"{self.files.where(name.rpartition('/')[0])}"

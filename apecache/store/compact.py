@@ -78,17 +78,21 @@ def compact_store(files: Files, version: str) -> CompactReport:
         DamagedError: The store is damaged.
     """
     before = sum(files.sizes("").values())
+    # Without views every row of the store is in use.
     ids = view_ids(files)
     if not ids:
         return CompactReport(n_rows=0, n_bytes=0, blocks=())
+    # First what an interrupted run left: views that have a copy keep old blocks in use.
     _remove_replaced_views(files)
     views = [open_view(files, view_id) for view_id in view_ids(files)]
     layout = _BlockRows(files, views)
     used = {modality: layout.used(modality) for modality in MODALITIES}
+    # Rows are copied only if that frees some.
     n_unused = sum(layout.n_rows(name) - len(rows) for name, rows in used.items())
     if n_unused and layout.can_be_copied():
         block = _copy_rows(layout, used, version)
         _commit_again(files, views, layout, used, block)
+        # The new views are committed by now: a crash in between loses nothing.
         for view in views:
             remove_view(files, view.record.view)
     removed = _remove_unused(files)
@@ -101,6 +105,7 @@ def _remove_replaced_views(files: Files) -> None:
     newest: dict[tuple[str, str], str] = {}
     for view_id in reversed(view_ids(files)):
         record = read_view_record(files, view_id)
+        # A view and its copy have one digest and one name.
         identity = (record.digest, record.name)
         if identity in newest and _is_copy(read_view_record(files, newest[identity]), record):
             remove_view(files, view_id)
@@ -137,6 +142,7 @@ class _BlockRows:
         for block in view.record.blocks:
             begin = first_rows[block.folder]
             numbers.append(np.arange(begin, begin + block.rows(modality)))
+        # Index -1 finds the appended -1, so missing rows stay missing.
         rows: NDArray[np.int64] = np.append(np.concatenate(numbers), -1)
         return rows[view.content_rows(modality)]
 
@@ -200,15 +206,21 @@ def _columns(layout: _BlockRows, used: dict[Modality, NDArray[np.int64]]) -> Pai
     contents: list[str] = []
     for store in layout.stores:
         contents += read_contents(store.files)
+    # An encoder may have hashed images that were not hashed when the block was made.
     for array in layout.arrays("image"):
-        contents = [known or new for known, new in zip(contents, array.content(), strict=True)]
+        contents = [
+            known_content or new
+            for known_content, new in zip(contents, array.content(), strict=True)
+        ]
     keys = table.keys[images].tolist()
     captions = table.captions[texts].tolist()
+    # One more entry than rows: captions without an image look up -1, the last one.
     new_row = np.full(len(table.keys) + 1, -1, np.int64)
     new_row[images] = np.arange(len(images))
     kept_contents = [contents[row] for row in images.tolist()]
     return PairColumns(
         keys=keys,
+        # Splits and labels are those of the views, which keep them.
         splits=[""] * len(keys),
         labels=[""] * len(keys),
         captions=captions,
@@ -243,6 +255,7 @@ def _copy_array(
         array.record.layout,
         rows=len(rows),
         tokens=array.tokens,
+        # A shard is not larger than the array, nor empty.
         shard_rows=max(1, min(array.record.layout.shard_rows, len(rows))),
     )
     record: ArrayRecord = replace(array.record, layout=layout, table=digest, metadata={})
@@ -251,6 +264,7 @@ def _copy_array(
     writer = ArrayWriter(target, record)
     content = array.content()
     lengths = array.load_lengths()
+    # Rows that could not be encoded stay so: their reasons move along.
     bad = {row["row"]: row for row in array.quarantined()}
     for shard in writer.pending():
         shard_range = layout.shard(shard)
@@ -287,6 +301,7 @@ def _commit_again(
 ) -> None:
     """Commit all views on the new block; the newest one first, so that it stays the newest."""
     last = view_number(views[-1].record.view)
+    # The numbers follow the age of the views, whatever the order of commits.
     for position in reversed(range(len(views))):
         view = views[position]
         content_rows: dict[Modality, NDArray[np.int64]] = {}
@@ -307,6 +322,7 @@ def _commit_again(
 
 def _remove_unused(files: Files) -> list[str]:
     """Remove blocks, features and objects that no view refers to."""
+    # Only what no view names is removed, so an interrupted removal can begin again.
     ids = view_ids(files)
     with files.exclusive("records"):
         used: set[str] = set()

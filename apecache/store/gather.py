@@ -135,15 +135,15 @@ class ViewArray(FeatureArray):
 
     def load_ok(self) -> NDArray[np.bool_]:
         ok = np.append(self.stored.load_ok(), False)
-        taken: NDArray[np.bool_] = ok[self.index]
-        return taken
+        ok_of_rows: NDArray[np.bool_] = ok[self.index]
+        return ok_of_rows
 
     def load_lengths(self) -> NDArray[np.uint16] | None:
         lengths = self.stored.load_lengths()
         if lengths is None:
             return None
-        taken: NDArray[np.uint16] = np.append(lengths, np.uint16(0))[self.index]
-        return taken
+        lengths_of_rows: NDArray[np.uint16] = np.append(lengths, np.uint16(0))[self.index]
+        return lengths_of_rows
 
     @cached_property
     def _order(self) -> NDArray[np.int64]:

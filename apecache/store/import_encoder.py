@@ -43,18 +43,22 @@ def known_encoder(
     assert named.encoder is not None
     is_image = named.encoder.modality == "image"
     encoder = _open(named.encoder, device)
+    # The shape is compared first: no input needs to be read for that.
     _require_shape(named, encoder)
     row_map = table.image_map if is_image else table.text_map
     assert row_map is not None
+    # The first rows only: a wrong encoder shows in any of them.
     stored_rows = [row for row in range(min(len(row_map), LOOKED_AT_ROWS)) if row_map[row] >= 0]
     fields = encoder.fingerprint.fields
     # Tokens and views depend on padding and chance: only the identity of their encoder is taken.
     if not stored_rows or token_count(named) is not None or named.views:
         return KnownEncoder(spec=encoder.spec, fields=fields), 0
     stored = named.rows.read(row_map[stored_rows]).astype(np.float32)
+    # Missing rows are NaN, and like nothing.
     is_finite = finite_rows(stored)
     stored = stored[is_finite]
     rows = [row for row, finite in zip(stored_rows, is_finite, strict=True) if finite]
+    # Unit length may be the encoder's own doing: then nothing was done afterwards.
     if _are_unit(stored) and not _are_unit(_sample(encoder)):
         # The head learns from normalized features, so live ones are normalized before it.
         fields = {**fields, NORMALIZED: True}
@@ -149,6 +153,7 @@ def _require_alike(
 ) -> None:
     """Refuse an encoder that gives other features for the same inputs."""
     norms = np.linalg.norm(stored, axis=1) * np.linalg.norm(fresh, axis=1)
+    # By cosine, which does not depend on a normalization of one of them.
     cosines = (stored * fresh).sum(1) / np.maximum(norms, 1e-12)
     worst_cosine = float(cosines.min())
     if worst_cosine < TRIAL_COSINE:

@@ -84,11 +84,11 @@ def import_features(
         BadRowsError: More than `max_bad` of an array's rows are missing or not finite; all others
             are in the store.
     """
-    place = as_place(store, "store")
+    store_place = as_place(store, "store")
     require_spec(spec, ImportSpec, "spec")
     require_type(pairs, PairSource, "pairs", optional=True)
     begin = time.perf_counter()
-    files = open_files(place, spec.single_writer)
+    files = open_files(store_place, spec.single_writer)
     sides = open_sides(spec)
     # Hashing leaves the interpreter to the thread that makes the table.
     with ThreadPoolExecutor(1) as pool:
@@ -145,12 +145,12 @@ def _table_of(
         return make_table(sides, spec), NoMedia()
     opened = FeatureStore.at(files)
     try:
-        made = make_table(sides, spec)
+        imported_table = make_table(sides, spec)
     except ApecacheError:
         # Without keys and without the store's table these sides cannot be paired.
-        made = None
-    if made is not None and made.columns.digest == opened.digest:
-        return made, NoMedia()
+        imported_table = None
+    if imported_table is not None and imported_table.columns.digest == opened.digest:
+        return imported_table, NoMedia()
     columns = columns_of_table(opened.pairs, f"the table of {opened.path}")
     media = media_at(opened.source["root"]) if opened.source["root"] else NoMedia()
     return join_with(columns, sides, spec), media

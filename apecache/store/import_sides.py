@@ -135,6 +135,7 @@ def open_sides(spec: ImportSpec) -> Sides:
         if "text" not in sides:
             raise OptionError("--image-rows is about texts; give their features with --text")
         image_rows = _read_image_rows(spec.image_rows, sides["text"])
+        # Rows say which image a text belongs to, so keys are not needed any more.
         sides["text"] = replace(sides["text"], image_rows=image_rows, keys=None)
     return sides
 
@@ -147,6 +148,7 @@ def _open_both(path: Path) -> Sides:
         image = open_arrow(path / EXPORT_IMAGES)
         text = open_arrow(path / EXPORT_TEXTS)
         sides: Sides = {}
+        # An export of a store with one side has no features of the other.
         if image.features:
             sides["image"] = _side(image, list(image.features), "image", None)
         if text.features:
@@ -154,6 +156,7 @@ def _open_both(path: Path) -> Sides:
         return sides
     opened = open_features(path)
     fields = {side: _fields_of(opened, side) for side in SIDE_WORDS}
+    # One side in a file is enough: the other may come with --image or --text.
     named = {side: names for side, names in fields.items() if names}
     if not named:
         raise DataError(
@@ -177,6 +180,7 @@ def _open_embedding_folder(path: Path) -> Sides:
         with_metadata = replace(opened, columns=columns)
         modality: Modality = "image" if side == "image" else "text"
         opened_side = _side(with_metadata, list(opened.features), modality, None)
+        # Metadata that name neither image nor caption cannot pair the rows.
         if columns and opened_side.keys is None and opened_side.captions is None:
             raise DataError(
                 f"{path}: its metadata does not have a row for each of the "
@@ -200,6 +204,7 @@ def _open_side(side_input: FeatureInput, side: Modality) -> FeatureSide:
     else:
         opened = open_features(as_path(side_input.features, side))
         opened_side = _side(opened, [_one_field(opened, side_input, side)], side, side_input)
+    # Before keys are read: their number is compared with that of the rows.
     _require_rows(opened_side)
     if side_input.keys is None:
         return opened_side
@@ -233,6 +238,7 @@ def _side(
     is_text = side == "text"
     # Rows of images say more than keys do: an export has both, and its keys are of images.
     image_rows = opened.column(IMAGE_ROW_NAMES, n_rows) if is_text else None
+    # A column of this name that holds texts is one of keys or paths.
     if image_rows is not None and image_rows.dtype.kind not in "iu":
         image_rows = None
     key_names = TEXT_KEY_NAMES if is_text else IMAGE_KEY_NAMES
@@ -277,6 +283,7 @@ def _one_field(opened: FeatureFile, side_input: FeatureInput, side: Modality) ->
     if len(names) == 1:
         return names[0]
     candidates = _fields_of(opened, side)
+    # No name says a side: names such as `features` suit both.
     if not candidates:
         candidates = [name for name in names if GENERIC.fullmatch(fold_name(name))]
     if len(candidates) != 1:
@@ -306,6 +313,7 @@ def _name_of(
         return side_input.encoder.slug
     if field.startswith(f"{side}."):
         return array_name(field.removeprefix(f"{side}."))
+    # A name such as `features` says nothing, so the array is called as its file.
     if GENERIC.fullmatch(fold_name(field)):
         origin = Path(opened.origin)
         return array_name(origin.stem if origin.suffix else origin.name)

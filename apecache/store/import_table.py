@@ -182,8 +182,8 @@ def _require_match(side: FeatureSide, columns: PairColumns, n_found: int, match:
     assert side.keys is not None
     # The message shows a key of each, and tries for the user what else would make them equal.
     hint = "compare an example of each, or join by position with --by-row"
-    others: tuple[KeyMatch, ...] = ("exact", "name", "stem")
-    for other in others:
+    other_matches: tuple[KeyMatch, ...] = ("exact", "name", "stem")
+    for other in other_matches:
         shorten = key_form(other)
         forms = {shorten(key) for key in side.keys}
         n_fitting = sum(shorten(key) in forms for key in columns.keys)
@@ -262,12 +262,12 @@ def _join_keyed_texts(columns: PairColumns, text: FeatureSide, match: KeyMatch) 
         source_rows = rows_of_key.get(shorten(key), [])
         if text.captions is not None:
             # Each row is used once, so that a caption that an image has twice finds both.
-            left = list(source_rows)
+            unused_rows = list(source_rows)
             for text_row in text_rows:
                 caption = columns.captions[text_row]
-                same = next((row for row in left if text.captions[row] == caption), None)
+                same = next((row for row in unused_rows if text.captions[row] == caption), None)
                 if same is not None:
-                    left.remove(same)
+                    unused_rows.remove(same)
                     joined_rows[text_row] = same
         elif source_rows:
             if len(source_rows) != len(text_rows):

@@ -60,6 +60,7 @@ class JoinedArray(FeatureArray):
         by_row: dict[int, dict[str, Any]] = {}
         for array in self.arrays:
             for row in array.quarantined():
+                # A row that several encoders failed on counts once.
                 by_row.setdefault(row["row"], row)
         return [by_row[number] for number in sorted(by_row)]
 
@@ -106,6 +107,7 @@ class JoinedArray(FeatureArray):
                 first = int(rows[0])
                 blocks.append(features[begin - first : end - first])
             yield np.arange(begin, end), np.concatenate(blocks, axis=1, dtype=self.dtype)
+            # Only what is used up is read further, so one shard of each array is in memory.
             for number, (rows, _) in enumerate(shards):
                 if int(rows[-1]) + 1 == end:
                     held[number] = next(readers[number], None)
@@ -152,6 +154,7 @@ def join_arrays(arrays: Sequence[FeatureArray]) -> FeatureArray:
         first.record,
         name=BETWEEN_NAMES.join(names),
         spec=join_specs([array.record.spec for array in arrays]),
+        # The fingerprint of the joined encoders: a head asks for exactly these, in order.
         fingerprint=Fingerprint(fields={"encoder": encoder.fields}),
         layout=layout,
     )

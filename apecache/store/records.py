@@ -173,8 +173,8 @@ def _fitting(record: CommitRecord, array: ArrayRecord, name: str) -> CommitRecor
             f"{name}: shard {record.shard} of {array.name} was made by another encoder"
         )
     rows = array.layout.shard(record.shard)
-    sizes = {object_name: entry.bytes for object_name, entry in record.objects.items()}
-    wanted = {
+    stored_sizes = {object_name: entry.bytes for object_name, entry in record.objects.items()}
+    expected_sizes = {
         chunk_name(array, part_name, record.shard): size
         for part_name, size in chunk_bytes(array.layout).items()
     }
@@ -183,9 +183,9 @@ def _fitting(record: CommitRecord, array: ArrayRecord, name: str) -> CommitRecor
         name != commit_name(array.modality, array.name, record.shard)
         or record.rows != (rows.start, rows.stop)
         or len(record.content) != len(rows)
-        or wanted.items() - sizes.items()
-        or sizes.keys()
-        - wanted.keys()
+        or expected_sizes.items() - stored_sizes.items()
+        or stored_sizes.keys()
+        - expected_sizes.keys()
         - {quarantine_name(array.modality, array.name, record.shard)}
     ):
         raise DamagedError(

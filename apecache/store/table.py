@@ -219,9 +219,9 @@ def join_tables(
         (name,) = (name for name, stored in COLUMN_OF_FIELD.items() if stored == column)
         if name != "image_rows":
             return np.concatenate([getattr(table, name) for table in tables])
-        counts = [len(table.keys) for table in tables] if n_images is None else n_images
+        image_counts = [len(table.keys) for table in tables] if n_images is None else n_images
         # Each block counts image rows from its own first image.
-        first_rows = accumulate(counts[:-1], initial=0)
+        first_rows = accumulate(image_counts[:-1], initial=0)
         image_rows = [
             table.image_rows + first_row
             for table, first_row in zip(tables, first_rows, strict=True)

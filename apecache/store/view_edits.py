@@ -82,8 +82,8 @@ def parse_rule(rule: str) -> tuple[tuple[tuple[str, float], ...], str, int]:
     """Parse what `split_rule` returns."""
     by, seed, shares = rule.split(";", 2)
     fractions: list[tuple[str, float]] = []
-    for part in shares.split(","):
-        name, _, share = part.rpartition("=")
+    for split_share in shares.split(","):
+        name, _, share = split_share.rpartition("=")
         fractions.append((name, float(share)))
     return tuple(fractions), by, int(seed)
 
@@ -159,8 +159,10 @@ def joined_groups(names: Sequence[str], contents: Sequence[str]) -> list[str]:
     """Join groups that share a content; each is called by the least of its names."""
     parents: dict[str, str] = {}
 
+    # Union-find: chains of shared contents join groups that share no content themselves.
     def root(name: str) -> str:
         while parents.setdefault(name, name) != name:
+            # Each walk halves the path, so that long chains stay cheap.
             parents[name] = parents[parents[name]]
             name = parents[name]
         return name
@@ -168,6 +170,7 @@ def joined_groups(names: Sequence[str], contents: Sequence[str]) -> list[str]:
     first_name: dict[str, str] = {}
     for name, content in zip(names, contents, strict=True):
         if content:
+            # The least name wins whatever the order of rows, so a split does not depend on it.
             pair = sorted((root(name), root(first_name.setdefault(content, name))))
             parents[pair[1]] = pair[0]
     return [root(name) for name in names]
@@ -185,29 +188,33 @@ def delete_rows(files: Files, keep: Callable[[PairTable], NDArray[np.bool_]]) ->
     """
     view = newest_view(files)
     table = view.table
-    kept = keep(table)
-    n_deleted = int((~kept).sum())
-    if n_deleted in (0, len(kept)):
+    kept_images = keep(table)
+    n_deleted = int((~kept_images).sum())
+    # A view without a change would only hide a wrong condition.
+    if n_deleted in (0, len(kept_images)):
         raise DataError(
-            f"{files.place}: {n_deleted} of {len(kept)} images would be deleted; expected at least "
-            "one, and not all"
+            f"{files.place}: {n_deleted} of {len(kept_images)} images would be deleted; "
+            "expected at least one, and not all"
         )
-    texts = kept[table.image_rows]
-    new_row = np.cumsum(kept) - 1
+    texts = kept_images[table.image_rows]
+    # A kept row moves up by the number of rows that were deleted before it.
+    new_row = np.cumsum(kept_images) - 1
     new_table = PairTable(
-        keys=table.keys[kept],
-        splits=table.splits[kept],
-        labels=table.labels[kept],
+        keys=table.keys[kept_images],
+        splits=table.splits[kept_images],
+        labels=table.labels[kept_images],
         captions=table.captions[texts],
         languages=table.languages[texts],
         image_rows=new_row[table.image_rows[texts]],
         digest="",
     )
     rows: dict[Modality, NDArray[np.int64]] = {
-        "image": view.content_rows("image")[kept],
+        "image": view.content_rows("image")[kept_images],
         "text": view.content_rows("text")[texts],
     }
-    return edited_view(files, view, new_table, rows=rows, problems=view.problems[kept].tolist())
+    return edited_view(
+        files, view, new_table, rows=rows, problems=view.problems[kept_images].tolist()
+    )
 
 
 def edited_view(
@@ -232,6 +239,7 @@ def edited_view(
         "image": view.content_rows("image"),
         "text": view.content_rows("text"),
     }
+    # The digest covers the rows that are read too: equal tables may have other features.
     table_hash = table_digest(table)
     row_hashes = [content_hash(values.tobytes()) for values in content_rows.values()]
     block_digests = [block.digest for block in view.record.blocks]
@@ -268,7 +276,8 @@ def table_digest(table: PairTable) -> str:
         languages[row].append(str(language))
     strings: list[str] = []
     for row, key in enumerate(table.keys):
-        counts = str(len(captions[row]))
-        strings += [str(key), str(table.splits[row]), str(table.labels[row]), counts]
+        # The number of captions keeps two different tables from the same list of strings.
+        caption_count = str(len(captions[row]))
+        strings += [str(key), str(table.splits[row]), str(table.labels[row]), caption_count]
         strings += [*captions[row], *languages[row]]
     return digest_strings(strings)

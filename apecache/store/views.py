@@ -112,8 +112,8 @@ class View:
         def read(name: str) -> NDArray[Any]:
             column = self.read(name)
             if name == "text_image_row":
-                where = f"view {self.record.view}"
-                return checked_image_rows(column, where, 0, self.record.n_images)
+                view_name = f"view {self.record.view}"
+                return checked_image_rows(column, view_name, 0, self.record.n_images)
             return column
 
         return LazyPairTable(read, self.record.digest)

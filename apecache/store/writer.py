@@ -420,10 +420,10 @@ class ArrayWriter:
         status[bad] = QUARANTINED
         return chunks
 
-    def _put(self, name: str, payload: tuple[Buffer, ...], wanted: str) -> None:
+    def _put(self, name: str, payload: tuple[Buffer, ...], expected_hash: str) -> None:
         """Write one object and compare what is there with what should be."""
         self.files.write(name, *payload)
-        if not self._stands(name, wanted):
+        if not self._stands(name, expected_hash):
             raise DamagedError(
                 f"{self.files.where(name)}: what was read back is not what was written; check "
                 "the disk"

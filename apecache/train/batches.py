@@ -471,10 +471,10 @@ def choose_splits(
     _, first, n_copies = np.unique(numbers[rows], return_index=True, return_counts=True)
     order = np.argsort(first)
     generator = np.random.default_rng(spec.seed)
-    drawn = generator.choice(len(first), min(count, len(first)), replace=False)
+    drawn_positions = generator.choice(len(first), min(count, len(first)), replace=False)
     # Copies come with their image: stop before there are more dev images than asked for.
-    n_taken = max(1, int((n_copies[order][drawn].cumsum() <= count).sum()))
-    dev_rows = rows[first[order][drawn[:n_taken]]]
+    n_taken = max(1, int((n_copies[order][drawn_positions].cumsum() <= count).sum()))
+    dev_rows = rows[first[order][drawn_positions[:n_taken]]]
     dev = train & np.isin(numbers, numbers[dev_rows])
     return train & ~dev, dev
 

@@ -203,7 +203,7 @@ def fit_head(
             spec=spec,
             store=store,
             report=report,
-            chosen=closed_form,
+            closed_form=closed_form,
             used=used,
         )
         save_card(
@@ -321,7 +321,7 @@ def _trained(
     spec: FitSpec,
     store: FeatureStore,
     report: FitReport,
-    chosen: Json,
+    closed_form: Json,
     used: Json,
 ) -> TrainedHeads:
     """Return the finished heads with what is recorded of their training."""
@@ -330,7 +330,7 @@ def _trained(
         "seed": spec.seed,
         "splits": asdict(spec.splits),
         "data": store.digest,
-        "closed_form": chosen,
+        "closed_form": closed_form,
         "used": used,
         "best_epoch": report.best_epoch,
         "dev": asdict(report.dev),

@@ -82,7 +82,7 @@ def backward_in_slices(
     for positions in own_slices:
         is_whole_share = len(own_slices) == 1
         embedded = slice_embeddings[0] if is_whole_share else encode_seeded(positions)
-        _go_back(embedded, whole=leaves, part=positions, ranks=ranks)
+        _go_back(embedded, side_leaves=leaves, slice_positions=positions, ranks=ranks)
     return value.detach()
 
 
@@ -105,24 +105,24 @@ def _whole(side: tuple[Tensor, ...], begin: int, share: int, n: int, ranks: Rank
 
 def _go_back(
     embedded: tuple[Tensor, Tensor],
-    whole: list[Tensor],
-    part: range,
+    side_leaves: list[Tensor],
+    slice_positions: range,
     ranks: Ranks,
 ) -> None:
     """Send the gradients of a slice's embeddings back through the towers.
 
     Args:
         embedded: Embeddings of the slice with their graphs, image before text.
-        whole: Leaves of both sides, with gradients.
-        part: Positions of the slice.
+        side_leaves: Leaves of both sides, with gradients.
+        slice_positions: Positions of the slice.
         ranks: Processes that work on the batch.
     """
     ends = []
     gradients = []
-    for end, leaf in zip(embedded, whole, strict=True):
-        rows_per_image = len(end) // len(part)
-        first_row = part.start * rows_per_image
-        end_row = part.stop * rows_per_image
+    for end, leaf in zip(embedded, side_leaves, strict=True):
+        rows_per_image = len(end) // len(slice_positions)
+        first_row = slice_positions.start * rows_per_image
+        end_row = slice_positions.stop * rows_per_image
         # A frozen side has no graph.
         if end.requires_grad and leaf.grad is not None:
             ends.append(end)
@@ -134,7 +134,7 @@ def _go_back(
 
 def _seeded(
     encode: Encode,
-    part: range,
+    slice_positions: range,
     seed: int,
     whole_batch: bool,
     device: torch.device,
@@ -146,8 +146,8 @@ def _seeded(
     """
     with seeded_generators(seed, device):
         before = generator_states(device)
-        with SampleDraws(seed, part):
-            embedded = encode(part)
+        with SampleDraws(seed, slice_positions):
+            embedded = encode(slice_positions)
         # Changed states show that a layer drew otherwise than by sample.
         if not whole_batch and not all(map(torch.equal, before, generator_states(device))):
             raise OptionError(

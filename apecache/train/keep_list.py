@@ -76,18 +76,20 @@ def read_keep_list(path: Path, pairs: PairTable) -> NDArray[np.bool_]:
         if len(row) != len(COLUMNS):
             raise DataError(f"{path}, line {number}: expected 2 columns, found {len(row)}")
         named.add((row[0], row[1]))
-    kept = np.zeros(len(pairs.captions), dtype=bool)
-    known: set[tuple[str, str]] = set()
+    kept_captions = np.zeros(len(pairs.captions), dtype=bool)
+    known_pairs: set[tuple[str, str]] = set()
     for row_number, image_row in enumerate(pairs.image_rows.tolist()):
+        # By key and caption, and not by row: the store may have been made again since.
         pair = (str(pairs.keys[image_row]), str(pairs.captions[row_number]))
         if pair in named:
-            kept[row_number] = True
-            known.add(pair)
-    unknown = named - known
+            kept_captions[row_number] = True
+            known_pairs.add(pair)
+    # A caption that is not there means another store, or one that has changed.
+    unknown = named - known_pairs
     if unknown:
         key, caption = min(unknown)
         raise DataError(
             f"{path} names {counted(len(unknown), 'pair')} that the store does not have, such as "
             f"{key}: {caption[:60]!r}; make the list anew with: apecache curate"
         )
-    return kept
+    return kept_captions

@@ -114,10 +114,10 @@ class ImageInputs:
 
     def augmented(self, views: Views, epoch: int) -> "ImageInputs":
         """Return the inputs with views of an epoch, of which nothing is cropped."""
-        whole = self.preprocess
-        if not isinstance(whole, WholeView):
-            whole = whole_view(whole)
-        return replace(self, preprocess=whole, views=views, epoch=epoch)
+        whole_preprocess = self.preprocess
+        if not isinstance(whole_preprocess, WholeView):
+            whole_preprocess = whole_view(whole_preprocess)
+        return replace(self, preprocess=whole_preprocess, views=views, epoch=epoch)
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return pixels [n, 3, height, width], without a mask."""

@@ -86,17 +86,17 @@ class RecordedSteps:
         self.batch_size = min(schedule.batch_size, n_items(train, schedule.epoch))
         assert training.optimizer is not None
         shape = (plan.per_epoch, plan.accumulate, self.batch_size)
-        place = train.place
+        train_device = train.place
         self.tables = EpochTables(
-            position=torch.zeros(1, dtype=torch.int64, device=place),
-            images=torch.zeros(shape, dtype=torch.int64, device=place),
-            texts=torch.zeros(shape, dtype=torch.int64, device=place),
+            position=torch.zeros(1, dtype=torch.int64, device=train_device),
+            images=torch.zeros(shape, dtype=torch.int64, device=train_device),
+            texts=torch.zeros(shape, dtype=torch.int64, device=train_device),
             rates=torch.zeros(
                 plan.per_epoch,
                 len(training.optimizer.param_groups),
-                device=place,
+                device=train_device,
             ),
-            losses=torch.zeros(plan.per_epoch, device=place),
+            losses=torch.zeros(plan.per_epoch, device=train_device),
         )
 
     def take_steps(self, save: Callable[[bool], None]) -> None:

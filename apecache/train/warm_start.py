@@ -78,7 +78,7 @@ def begin_from(start: TrainedHeads, model: EncoderModel, run: Path) -> None:
                 found=differences,
                 remedy="fit heads like the recipe's, or change the recipe's",
             )
-        head = _as_wanted(trained.head, wanted=side.head, side=name, run=run)
+        head = _as_wanted(trained.head, wanted_head=side.head, side=name, run=run)
         side.head.load_state_dict(head.state_dict())
     if model.temperature.parameter.requires_grad:
         # Clamped: the run's scale can lie outside the bounds of this recipe.
@@ -115,14 +115,14 @@ def _shapes(head: Head) -> dict[str, Json]:
     return {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
 
 
-def _as_wanted(trained: Head, wanted: Head, side: str, run: Path) -> Head:
+def _as_wanted(trained: Head, wanted_head: Head, side: str, run: Path) -> Head:
     """Return a trained head in the form of the fit's head, folded if that has no statistics.
 
     Raises:
         MismatchError: The head cannot be folded.
     """
-    keeps_standardization = wanted.spec.standardize or any(
-        part_spec.standardize for part_spec in wanted.spec.parts
+    keeps_standardization = wanted_head.spec.standardize or any(
+        part_spec.standardize for part_spec in wanted_head.spec.parts
     )
     try:
         return copy.deepcopy(trained) if keeps_standardization else folded(trained)

@@ -44,6 +44,7 @@ def open_arrow(path: Path) -> FeatureFile:
         features: dict[str, FeatureRows] = {}
         columns: dict[str, ReadColumn] = {}
         for field in table.schema:
+            # Tensors of `datasets` are extension types over lists.
             storage = getattr(field.type, "storage_type", field.type)
             if _is_list(storage) and _leaf(storage) is not None:
                 features[field.name] = _list_rows(table, field.name, storage, path)
@@ -62,6 +63,7 @@ def _open_parquet(path: Path) -> ArrowTable:
         n_rows = file.metadata.num_rows
 
     def batches(name: str) -> Iterator[Any]:
+        # Opened anew for each reading, so that no file stays open in between.
         with pq.ParquetFile(path) as again:
             for batch in again.iter_batches(batch_size=BATCH_ROWS, columns=[name]):
                 yield batch.column(0)
@@ -75,6 +77,7 @@ def _open_ipc(path: Path) -> ArrowTable:
 
     def record_batches() -> Iterator[Any]:
         source = pa.memory_map(str(path))
+        # The two formats of IPC have one ending; only the file format has a footer.
         try:
             file = pa.ipc.open_file(source)
         except pa.ArrowInvalid:
@@ -85,6 +88,7 @@ def _open_ipc(path: Path) -> ArrowTable:
             yield file.get_batch(number)
 
     n_rows = 0
+    # A stream says how many rows it has by its end only.
     schema = None
     for batch in record_batches():
         n_rows += batch.num_rows
@@ -129,6 +133,7 @@ def _leaf(arrow_type: Any) -> Any:
 
     while _is_list(arrow_type):
         arrow_type = arrow_type.value_type
+    # Lists of integers are ids of tokens, and not features.
     return arrow_type if pa.types.is_floating(arrow_type) else None
 
 
@@ -172,6 +177,7 @@ def _pooled_block(batch: Any, dim: int, dtype: np.dtype[Any], origin: str) -> Fl
 
     lists = _storage(batch)
     valid = np.asarray(lists.is_valid())
+    # A null row has no length: it counts as one of the right length.
     lengths = np.asarray(pc.list_value_length(lists).fill_null(dim))
     if (lengths != dim).any():
         bad_row = int(np.flatnonzero(lengths != dim)[0])
@@ -211,6 +217,7 @@ def _token_rows(table: ArrowTable, name: str, dtype: np.dtype[Any], origin: str)
             block = np.zeros((len(batch), n_tokens, dim), dtype)
             is_token = np.arange(n_tokens) < token_counts[:, None]
             block[is_token] = _pooled_block(vectors, dim, dtype, f"{origin}, row {first}")
+            # A row without tokens is a missing one, which NaN marks.
             block[token_counts == 0] = np.nan
             yield block
             first += len(batch)
@@ -229,6 +236,7 @@ def _load_column(table: ArrowTable, name: str) -> Column:
     values: list[Any] = []
     for batch in table.batches(name):
         values += _storage(batch).to_pylist()
+    # By type, because True is an int to Python.
     if all(type(value) is int for value in values):
         return np.array(values, dtype=np.int64)
     # A missing caption, split or label is an empty text, as in tables.

@@ -49,6 +49,7 @@ def open_clip_retrieval(folder: Path) -> EmbeddingFolder:
     images = _numbered(folder, IMAGE_PARTS)
     texts = _numbered(folder, TEXT_PARTS)
     metadata = _numbered(folder, METADATA_PARTS)
+    # Either side may be missing: clip-retrieval can write images or texts alone.
     first = images or texts
     for name, paths_of_side in ((TEXT_PARTS, texts), (METADATA_PARTS, metadata)):
         if paths_of_side and _numbers(paths_of_side) != _numbers(first):

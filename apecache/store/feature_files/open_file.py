@@ -79,6 +79,7 @@ def open_features(path: Path) -> FeatureFile:
     if path.is_dir():
         opened = _open_parts(_parts(path), path)
         return _with_keys_beside(opened, path)
+    # A file may have a star in its name; then it is that file.
     if "*" in path.name and not path.exists():
         matching = sorted(path.parent.glob(path.name), key=natural_order)
         if not matching:
@@ -95,6 +96,7 @@ def _open_parts(paths: Sequence[Path], origin: Path) -> FeatureFile:
 def _parts(folder: Path) -> list[Path]:
     """Return the files of one array in a folder, in natural order of their names."""
     paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+    # Files of different stems are different arrays, and not parts of one.
     stems = {path.stem.rstrip("0123456789_-. ") for path in paths}
     suffixes = {path.suffix.lower() for path in paths}
     names = ", ".join(sorted(path.name for path in paths)[:5])
@@ -112,17 +114,18 @@ def _parts(folder: Path) -> list[Path]:
 
 def _with_keys_beside(opened: FeatureFile, folder: Path) -> FeatureFile:
     """Add the keys of a list beside the features, if it has as many lines as an array has rows."""
+    # Keys in the file itself belong to its rows for certain.
     if any(name in opened.columns for name in ("key", "keys")):
         return opened
-    sizes = {rows.n_rows for rows in opened.features.values()}
+    row_counts = {rows.n_rows for rows in opened.features.values()}
     for name in KEY_FILES:
         path = folder / name
         if path.is_file():
             keys = read_keys(path)
-            if len(keys) not in sizes:
+            if len(keys) not in row_counts:
                 raise DataError(
-                    f"{path} has {len(keys):,} lines, {opened.origin} {max(sizes, default=0):,} "
-                    "rows; expected one key for each row"
+                    f"{path} has {len(keys):,} lines, {opened.origin} "
+                    f"{max(row_counts, default=0):,} rows; expected one key for each row"
                 )
             return replace(opened, columns={**opened.columns, "key": partial(_same, keys)})
     return opened

@@ -77,8 +77,10 @@ def with_lengths(
     for name, rows in features.items():
         own_names = tuple(f"{name}.{word}" for word in LENGTH_NAMES)
         own_names += tuple(f"{name}_{word}" for word in LENGTH_NAMES)
-        own_name = next((own for own in own_names if own in columns), None)
-        shared_name = next((shared for shared in LENGTH_NAMES if shared in columns), None)
+        own_name = next((own_column for own_column in own_names if own_column in columns), None)
+        shared_name = next(
+            (shared_column for shared_column in LENGTH_NAMES if shared_column in columns), None
+        )
         length_name = own_name or shared_name
         if length_name is None:
             with_counts[name] = rows

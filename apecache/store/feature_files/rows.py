@@ -209,9 +209,9 @@ class ArrayRows:
             block = self.values[int(rows[0]) : int(rows[-1]) + 1]
             return as_floats(np.asarray(block), self.stored)
         # HDF5 takes rows in ascending order only, each once.
-        unique_rows, place = np.unique(rows, return_inverse=True)
+        unique_rows, unique_position = np.unique(rows, return_inverse=True)
         block = np.asarray(self.values[unique_rows]) if len(rows) else self._nothing()
-        return as_floats(block[place], self.stored)
+        return as_floats(block[unique_position], self.stored)
 
     def _nothing(self) -> NDArray[Any]:
         return np.empty((0, *self.row_shape), self.dtype)

@@ -57,6 +57,7 @@ class MemberGroup:
         self.plan = plan
         self.few_launches = few_launches
         models = [member.model for member in members]
+        # With few launches all members share the masks of the first one.
         mask_streams = None if few_launches else streams
         self.heads = (
             StackedHeads([model.image for model in models], mask_streams),
@@ -77,6 +78,7 @@ class MemberGroup:
         self.shared: StackedAdam | None = None
         if few_launches and can_share_adam(members):
             self.shared = StackedAdam(members, self._stacks())
+        # A recorded step runs the same kernels again: only the values of its inputs may differ.
         self.recorder = recorder_of(device) if self._can_be_recorded() else None
         self.graphs: dict[bool, StepGraph] = {}
         self.is_warm = False
@@ -109,13 +111,14 @@ class MemberGroup:
         """
         members = self.members
         plan = self.plan
-        drawn = draw_stacked(members, train, plan)
+        drawn_batches = draw_stacked(members, train, plan)
         scalars_of_steps = self._scalars_of_epoch()
         with float32_products(self.streams.device, tf32=True), self._masks():
+            # Members of a group are always at the same step.
             while members[0].in_epoch < plan.per_epoch and members[0].step < plan.n_steps:
                 for member in members:
                     set_rates(member, plan)
-                losses = self._step(drawn, standardized, next(scalars_of_steps, None))
+                losses = self._step(drawn_batches, standardized, next(scalars_of_steps, None))
                 for member, loss in zip(members, losses.unbind(), strict=True):
                     member.losses.append(loss)
                     member.step = member.step + 1
@@ -128,17 +131,18 @@ class MemberGroup:
     @torch.no_grad()
     def _step(
         self,
-        drawn: Iterator[StackedBatch],
+        batch_iterator: Iterator[StackedBatch],
         standardized: bool,
         scalars: Tensor | None,
     ) -> Tensor:
         """Take one step and return its losses, float [k]."""
-        micro_batches = (next(drawn) for _ in range(self.plan.accumulate))
+        micro_batches = (next(batch_iterator) for _ in range(self.plan.accumulate))
         # The first step makes what a record needs, such as the handles of libraries.
         if self.recorder is None or not self.is_warm:
             self.is_warm = True
             return self._whole_step(micro_batches, standardized, scalars)
         drawn_batches = list(micro_batches)
+        # A batch with groups needs another loss, which the recording does not hold.
         if all(self._are_plain(batch) for batch in drawn_batches):
             graph = self._graph(drawn_batches, standardized, scalars)
             if graph:
@@ -167,6 +171,7 @@ class MemberGroup:
             assert self.recorder is not None
             step = self._recorded_step(standardized)
             graph = StepGraph(step, _inputs(micro_batches, scalars), self.recorder)
+            # Not tried again: a device that refuses once refuses every time.
             if not graph.is_recorded:
                 self.recorder = None
                 return None
@@ -205,6 +210,7 @@ class MemberGroup:
         if self.shared is None:
             return iter(())
         first = self.members[0]
+        # One transfer for the whole epoch in place of one for each step.
         n_left = min(self.plan.per_epoch - first.in_epoch, self.plan.n_steps - first.step)
         scalars_of_steps = []
         for step in range(first.step, first.step + n_left):
@@ -223,6 +229,7 @@ class MemberGroup:
             self.temperature.value.clamp_(self.lowest, self.highest)
             self.shared.follow()
             return
+        # The first step builds the state of the optimizers, which the direct updates need.
         updates = self.updates or [_optimizer(member).step for member in self.members]
         for member, update in zip(self.members, updates, strict=True):
             apply_update(member, update)
@@ -230,12 +237,12 @@ class MemberGroup:
             self.updates = [direct_update(_optimizer(member)) for member in self.members]
 
     def _add_gradients(self, batch: StackedBatch, standardized: bool) -> Tensor:
-        seen = self._seen(batch)
-        image, text = self._forward(seen.image, seen.text, standardized)
-        if self._are_plain(seen):
+        seen_batch = self._seen(batch)
+        image, text = self._forward(seen_batch.image, seen_batch.text, standardized)
+        if self._are_plain(seen_batch):
             contrast = self._contrast(image, text)
         else:
-            contrast = self._one_by_one(seen, image, text)
+            contrast = self._one_by_one(seen_batch, image, text)
         return self._backward(*contrast)
 
     def _are_plain(self, batch: StackedBatch) -> bool:
@@ -293,6 +300,7 @@ class MemberGroup:
         info_nce = batched_info_nce if self.few_launches else stacked_info_nce
         scale = self.temperature.value.exp() if self.is_log else 1 / self.temperature.value
         losses, (by_image, by_text, by_log_scale) = info_nce(image, text, scale)
+        # The mean over the accumulated batches, as in a fit of one member.
         if self.plan.accumulate > 1:
             for tensor in (losses, by_image, by_text, by_log_scale):
                 tensor.div_(self.plan.accumulate)
@@ -314,6 +322,7 @@ class MemberGroup:
         by_image = torch.empty_like(image)
         by_text = torch.empty_like(text)
         for i, member in enumerate(self.members):
+            # Cut off from the heads: their gradients come from `_backward`.
             image_row = image[i].detach().requires_grad_()
             text_row = text[i].detach().requires_grad_()
             with torch.enable_grad():

@@ -52,6 +52,7 @@ def draw_stacked(
     rows = []
     for member in members:
         skip = begin_draws(member, plan)
+        # Each member has its own generator: it draws what it would draw alone.
         member_rows = draw_rows(
             train,
             batch_size=size,

@@ -65,6 +65,7 @@ def lint_encoder_run(
     Also raises what `fit_encoder` raises before it trains.
     """
     description = read_description(run)
+    # The description may be of an older version, or edited by hand.
     try:
         recipe = parse_recipe(description["recipe"], str(run / DESCRIPTION))
         splits = SplitSpec(**description["splits"])
@@ -76,6 +77,7 @@ def lint_encoder_run(
         raise RunError(f"{run / DESCRIPTION} is damaged ({error}); train again") from None
     if store is None:
         return [*lint_recipe(recipe, n_images), *lint_named(splits, n_dev, report_split)]
+    # Findings on other pairs would say nothing about this run.
     if data != store.digest:
         raise MismatchError(
             f"{run} was trained on other pairs than those of {store.path}; give its own store"
@@ -90,6 +92,7 @@ def lint_encoder_run(
     )
     _require_encoders(run, description, setup)
     tensors, _ = read_tensors(run / WEIGHTS)
+    # The checks look at what training made, and not at the initial weights.
     setup.model.load_kept(_with_bank(tensors, setup.model.kept_state()))
     return _lint(setup)
 
@@ -144,6 +147,7 @@ def _live_encoder(
     recipe: Recipe,
 ) -> EncoderSpec | None:
     """Return the encoder of a side that ran without features of the store; None otherwise."""
+    # Cached features need no encoder, and neither does a tower that never trains.
     if side_description.get("features") is not None or not recipe.towers.may_train(side):
         return None
     return spec_from_json(side_description["encoder"])

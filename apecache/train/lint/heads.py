@@ -38,6 +38,7 @@ def lint_plan(
     Raises:
         RecipeError, IncompleteError, DamagedError: As `fit_head` does.
     """
+    # Without a store only what the recipe says can be checked.
     if store is None:
         return list(lint_recipe(recipe))
     spec = spec or FitSpec()
@@ -82,6 +83,7 @@ def lint_run(
         MismatchError: The store is not the one that the run was trained on.
     """
     heads = load_heads(run)
+    # The description may be of an older version, or edited by hand.
     try:
         recipe = parse_recipe(heads.training["recipe"], str(run))
         splits = SplitSpec(**heads.training["splits"])
