@@ -24,11 +24,15 @@ $(VENV)/.docs: pyproject.toml $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/apecache demo --out demo --overwrite
 
+# Two processes, each with the tests of whole files; more with `make test JOBS=4`.
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -160,6 +160,16 @@ CALLS: Wrongs = {
         "store",
         lambda s, h: apecache.plan_extraction(pairs(), WRONG, apecache.ExtractSpec()),
     ),
+    "add_images": ("store", lambda s, h: apecache.add_images(WRONG, ["a.jpg"])),
+    "delete_images": ("store", lambda s, h: apecache.delete_images(WRONG, keys=["a"])),
+    "import_features": (
+        "store",
+        lambda s, h: apecache.import_features(WRONG, apecache.ImportSpec()),
+    ),
+    "import_features, spec": ("spec", lambda s, h: apecache.import_features("out", WRONG)),
+    "open_clip_triple": ("run", lambda s, h: apecache.open_clip_triple(WRONG)),
+    "register_head": ("name", lambda s, h: apecache.register_head(WRONG)),
+    "register_loss": ("name", lambda s, h: apecache.register_loss(WRONG)),
     "find_templates": ("name", lambda s, h: apecache.find_templates(WRONG)),
     "fit_head, store": ("store", lambda s, h: apecache.fit_head("store", "projection", "run")),  # type: ignore[arg-type]
     "fit_head, recipe": ("recipe", lambda s, h: apecache.fit_head(s, WRONG, "run")),

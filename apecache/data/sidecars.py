@@ -58,6 +58,9 @@ class Sidecar:
     """Label that its folder says."""
 
 
+SPLIT_FOLDERS = ("train", "val", "valid", "validation", "dev", "test")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SidecarRules:
     """Say how texts beside images are read."""
@@ -87,8 +90,12 @@ def rules_near(folder: Path, spec: OpenSpec) -> SidecarRules:
 
 
 def _text_near(folder: Path, name: str) -> str:
-    # clip_benchmark's own files lie beside the folders of the splits, which hold the tars.
-    for candidate in (folder / name, folder.absolute().parent / name):
+    candidates = [folder / name]
+    # clip_benchmark's own files lie beside the folders of the splits, which hold the tars. Nothing
+    # is opened above a folder of any other name.
+    if folder.absolute().name in SPLIT_FOLDERS:
+        candidates.append(folder.absolute().parent / name)
+    for candidate in candidates:
         try:
             return candidate.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):

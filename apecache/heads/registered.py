@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from apecache.arguments import require_type
 from apecache.errors import OptionError, RecipeError, nearest
 
 BuildBody = Callable[[int, int], nn.Module]
@@ -24,7 +25,7 @@ def register_head(name: str) -> Callable[[BuildBody], BuildBody]:
         name: What a recipe calls the head.
 
     Raises:
-        OptionError: Another head has this name.
+        OptionError: Another head has this name, or the name is not a text.
 
     Example:
         >>> @register_head("two-layers")
@@ -32,6 +33,7 @@ def register_head(name: str) -> Callable[[BuildBody], BuildBody]:
         ...     def __init__(self, in_dim: int, out_dim: int) -> None:
         ...         super().__init__(nn.Linear(in_dim, 512), nn.GELU(), nn.Linear(512, out_dim))
     """
+    require_type(name, str, "name")
 
     def register(build: BuildBody) -> BuildBody:
         registered = _BUILDERS.get(name)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from apecache.arguments import require_type
 from apecache.errors import OptionError, RecipeError, nearest
 from apecache.losses.contrastive import Groups
 
@@ -26,13 +27,14 @@ def register_loss(name: str) -> Callable[[ComputeLoss], ComputeLoss]:
         name: What a recipe calls the loss.
 
     Raises:
-        OptionError: Another loss has this name.
+        OptionError: Another loss has this name, or the name is not a text.
 
     Example:
         >>> @register_loss("cosine")
         ... def cosine(image, text, scale, groups):
         ...     return 1 - (image * text).sum(1).mean()
     """
+    require_type(name, str, "name")
 
     def register(compute: ComputeLoss) -> ComputeLoss:
         registered = _LOSSES.get(name)

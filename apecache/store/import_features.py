@@ -234,8 +234,8 @@ def _segments(files: Files, side: Modality) -> list[SegmentRows]:
     if n_without:
         raise MismatchError(
             f"{opened.path} has no place for {counted(n_without, f'{side} row')} of its newest "
-            f"view, which no encoder has seen; extract with --{side} first, or import with --pairs into "
-            "another --store"
+            f"view, which no encoder has seen; extract with --{side} first, or import with "
+            "--pairs into another --store"
         )
     table_rows = None if index is None else _first_rows(index, sum(n_rows))
     segments: list[SegmentRows] = []

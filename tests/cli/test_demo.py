@@ -60,6 +60,7 @@ def test_options_become_the_words_that_a_user_would_type(
 
 
 @pytest.mark.usefixtures("packaged_encoders")
+@pytest.mark.slow
 def test_the_command_that_an_interrupt_prints_resumes_the_demo(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(

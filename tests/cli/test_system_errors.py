@@ -152,11 +152,13 @@ WRITING = (
         command="split",
         arguments=("{out}/store", "--fraction", "a=.5,b=.5"),
         copies={"{store}": "store"},
+        code=3,
     ),
     Case(
         command="delete",
         arguments=("{out}/store", "--where", "split=val"),
         copies={"{store}": "store"},
+        code=3,
     ),
     Case(
         command="export-embeddings",

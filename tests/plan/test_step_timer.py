@@ -133,7 +133,7 @@ def test_the_step_is_the_fits_own(
     fit, pairs = clock._fit(cuts, 8, False)
     assert isinstance(fit, EncoderFit)
     assert tuple(map(type, fit.inputs)) == kinds
-    assert (fit.views is None) == (recipe.augmentation.image is None)
+    assert (fit.seen == fit.inputs) == (recipe.augmentation.image is None)
     assert len(pairs) == 8
     planned = plan_of(recipe, specs)
     assert fit.model.n_trained == planned.n_trained

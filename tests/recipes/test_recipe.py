@@ -119,7 +119,7 @@ def test_parts_that_do_not_work_together_are_refused(settings: list[str], messag
 
 
 def test_a_value_of_a_list_is_refused_with_the_nearest_one() -> None:
-    assert "did you mean fusemix?" in refused("ape", "text.kind=fusmix")
+    assert "did you mean fusemix" in refused("ape", "text.kind=fusmix")
     assert "did you mean adamw, adam?" in refused("ape", "optimizer.kind=adamW")
 
 

@@ -160,7 +160,8 @@ def test_a_closed_form_shows_what_was_chosen_and_nothing_that_did_not_train(
     fit_head(FeatureStore.open(tiny_store), recipe=recipe, out=tmp_path / "run", spec=spec)
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert "| closed form, ridge, chosen on dev | 0.25 |" in card
-    assert "| image.dim | 3 |" in card
+    # Three directions, and the two complements of a canonical head.
+    assert "| image.dim | 5 |" in card
     assert "optimizer.lr" not in card
     assert "images in a batch" not in card
 
