@@ -210,6 +210,7 @@ def update_index(
         # An index without vectors is exact, so its kind is still to be built.
         if not old or not new:
             return build_vectors(kind_of(description), vectors)
+        # Clusters that were trained on half as many vectors, or twice as many, fit no more.
         if report.trained_on and not report.trained_on / 2 <= len(new) <= 2 * report.trained_on:
             return build_vectors(kind_of(description), vectors)
         # Read and not mapped: the vectors will change, and the old file is deleted.
@@ -406,6 +407,7 @@ def _content(store: FeatureStore, run: Run) -> list[str]:
     """
     if isinstance(run.image, TrainedSide):
         return find_features(run.image, store, "image").content()
+    # Any array knows the hashes of the files.
     arrays = store.arrays("image")
     return arrays[0].content() if arrays else [""] * len(store.pairs.keys)
 
@@ -417,6 +419,7 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 def _identity(row: Row) -> tuple[str, str]:
     """Return what makes a row the same: key and file of an image, key and words of a caption."""
+    # An index without hashes of files has the first caption in their place.
     return row["key"], row.get("content", row["caption"])
 
 
