@@ -61,7 +61,7 @@ LINK = """            try:
             except FileExistsError:
                 put = False"""
 PUT_BACK = """        self.files.write(name, *payload)
-        if not self._stands(name, wanted):"""
+        if not self._stands(name, expected_hash):"""
 MADE = "    if not files.put_if_absent(name, data) and files.read(name) != data:\n"
 UNFINISHED = """    if not files.put_if_absent(name, data) and files.read(name) == data:
         return
@@ -122,7 +122,7 @@ MUTATIONS = (
     Mutation(
         name="records against the seal",
         file=ARRAY,
-        old="digest_commits(found) != wanted",
+        old="digest_commits(commit_hashes) != sealed_digest",
         new="False",
         test=f"{READ}test_a_shard_of_another_table_with_its_record_is_refused",
     ),
@@ -165,7 +165,7 @@ MUTATIONS = (
     Mutation(
         name="sizes in records",
         file=COMMIT,
-        old="or wanted.items() - sizes.items()",
+        old="or expected_sizes.items() - stored_sizes.items()",
         new="",
         test=TAKES_PLACE,
     ),
@@ -240,7 +240,7 @@ MUTATIONS = (
         name="read-back",
         file=WRITER,
         old=PUT_BACK,
-        new=PUT_BACK.replace("not self._stands(name, wanted)", "False"),
+        new=PUT_BACK.replace("not self._stands(name, expected_hash)", "False"),
         test=f"{WRITE}test_a_shard_that_does_not_read_back_as_written_is_not_committed",
     ),
     Mutation(
