@@ -158,9 +158,13 @@ def _table_of(
 
 def _make_store(files: Files, table: ImportTable, media: Media) -> None:
     """Make the store, or find that it belongs to this table."""
-    # A table that is a view, or has appended rows, is not that of the first block.
-    if files.exists(PAIRS) and FeatureStore.at(files).digest == table.columns.digest:
-        return
+    if files.exists(PAIRS):
+        opened = FeatureStore.at(files)
+        # A table that is a view, or has appended rows, is not that of the first block.
+        is_one_block = opened.view is None and not opened.segments
+        if not is_one_block and opened.digest == table.columns.digest:
+            return
+    # Also removes what a killed import has left.
     create_store(files, pairs=table.columns, root=media.place, version=version("apecache"))
 
 
