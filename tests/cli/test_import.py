@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 runner = CliRunner()
 N_IMAGES = 120
-CASES = Path("/work/shared/cases/B-own-features")
+CASES = Path(__file__).parents[3] / "shared" / "cases" / "B-own-features"
 
 
 def call(*arguments: object) -> Result:
