@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from apecache.heads.head import Head, HeadSpec, in_sequence
 from apecache.heads.join import build_join, joined_dim
 from apecache.heads.normalization import normalize, similarities
-from apecache.heads.registered import registered_head
+from apecache.heads.registered import HEADS
 
 N_COMPLEMENTS = 2
 """Values that a canonical head adds to those of its directions."""
@@ -207,7 +207,7 @@ class PooledHead(Head):
             case "canonical":
                 return Canonical(in_dim, self.out_dim)
             case "custom":
-                return registered_head(spec.custom)(in_dim, self.out_dim)
+                return HEADS.find(spec.custom)(in_dim, self.out_dim)
             case "dictionary":
                 return Dictionary(spec, in_dim, self.out_dim)
         raise ValueError(f"a head of kind {spec.kind} needs tokens, not pooled features")

@@ -4,14 +4,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from apecache.arguments import require_type
-from apecache.errors import OptionError, RecipeError, nearest
+from apecache.heads.registered import Registry
 from apecache.losses.contrastive import Groups
 
 ComputeLoss = Callable[[Tensor, Tensor, Tensor, Groups | None], Tensor]
 """Computes a scalar from (image, text, scale, groups)."""
-
-_LOSSES: dict[str, ComputeLoss] = {}
+LOSSES: Registry[ComputeLoss] = Registry("loss")
 
 
 def register_loss(name: str) -> Callable[[ComputeLoss], ComputeLoss]:
@@ -34,32 +32,4 @@ def register_loss(name: str) -> Callable[[ComputeLoss], ComputeLoss]:
         ... def cosine(image, text, scale, groups):
         ...     return 1 - (image * text).sum(1).mean()
     """
-    require_type(name, str, "name")
-
-    def register(compute: ComputeLoss) -> ComputeLoss:
-        registered = _LOSSES.get(name)
-        if registered is not None and _origin(registered) != _origin(compute):
-            raise OptionError(f"loss {name!r} is registered already; choose another name")
-        _LOSSES[name] = compute
-        return compute
-
-    return register
-
-
-def registered_loss(name: str) -> ComputeLoss:
-    """Return a registered loss.
-
-    Raises:
-        RecipeError: No loss of this name is registered in this program.
-    """
-    if name not in _LOSSES:
-        raise RecipeError(
-            f"loss {name!r} is not registered in this program; import the module that calls "
-            f"apecache.register_loss({name!r}){nearest(name, list(_LOSSES))}"
-        )
-    return _LOSSES[name]
-
-
-def _origin(compute: ComputeLoss) -> tuple[str, str]:
-    # A cell of a notebook that runs again defines the same name once more.
-    return compute.__module__, getattr(compute, "__qualname__", type(compute).__qualname__)
+    return LOSSES.register(name)

@@ -17,7 +17,7 @@ from apecache.losses.contrastive import (
     sigmoid_loss,
 )
 from apecache.losses.geometry import structure_divergence
-from apecache.losses.registered import registered_loss
+from apecache.losses.registered import LOSSES
 from apecache.losses.spec import LossSpec
 from apecache.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
 
@@ -109,7 +109,7 @@ def loss_of_kind(
             compute = tiled_sigmoid_loss if tiled else sigmoid_loss
             return compute(image, text=text, scale=scale, bias=bias, groups=groups)
         case "custom":
-            return registered_loss(spec.custom)(image, text, scale, groups)
+            return LOSSES.find(spec.custom)(image, text, scale, groups)
 
 
 def structure_term(before: Tensor, after: Tensor, spec: LossSpec) -> Tensor:

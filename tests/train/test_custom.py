@@ -32,8 +32,8 @@ CPU = FitSpec(splits=SplitSpec(dev="dev"), device="cpu")
 
 @pytest.fixture(autouse=True)
 def empty_registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heads, "_BUILDERS", {})
-    monkeypatch.setattr(losses, "_LOSSES", {})
+    monkeypatch.setattr(heads.HEADS, "by_name", {})
+    monkeypatch.setattr(losses.LOSSES, "by_name", {})
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_run_whose_head_is_not_registered_names_the_remedy(
 ) -> None:
     apecache.register_head("two-layers")(TwoLayers)
     fit_head(store, short_recipe(*CUSTOM_HEADS), tmp_path / "run", CPU)
-    monkeypatch.setattr(heads, "_BUILDERS", {"two-layer": TwoLayers})
+    monkeypatch.setattr(heads.HEADS, "by_name", {"two-layer": TwoLayers})
     message = r"not registered .*register_head\('two-layers'\).*did you mean two-layer\?"
     with pytest.raises(RecipeError, match=message):
         load_heads(tmp_path / "run")
