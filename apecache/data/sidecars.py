@@ -21,7 +21,7 @@ from apecache.data.columns import (
     to_text,
 )
 from apecache.data.pairs import SourceFields, TableRow
-from apecache.data.spec import OpenSpec
+from apecache.data.spec import SPLITS, OpenSpec
 from apecache.errors import ManifestError, nearest
 
 CAPTION_ENDINGS = ("txt", "caption")
@@ -58,9 +58,6 @@ class Sidecar:
     """Label that its folder says."""
 
 
-SPLIT_FOLDERS = ("train", "val", "valid", "validation", "dev", "test")
-
-
 @dataclass(frozen=True, kw_only=True)
 class SidecarRules:
     """Say how texts beside images are read."""
@@ -93,7 +90,7 @@ def _text_near(folder: Path, name: str) -> str:
     candidates = [folder / name]
     # clip_benchmark's own files lie beside the folders of the splits, which hold the tars. Nothing
     # is opened above a folder of any other name.
-    if folder.absolute().name in SPLIT_FOLDERS:
+    if folder.absolute().name in SPLITS:
         candidates.append(folder.absolute().parent / name)
     for candidate in candidates:
         try:
