@@ -5,13 +5,15 @@ storage. Everything a store holds goes through them: whole objects, written dura
 and the put-if-absent that commits them. A name is a path relative to the store's root and uses `/`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 Buffer = bytes | memoryview
 TEMPORARY = ".tmp-"
+PutStaged = Callable[[Iterable[str]], None]
+"""Put staged objects of these names in their places; they are durable when it returns."""
 
 
 class Files(Protocol):
@@ -56,6 +58,16 @@ class Files(Protocol):
     def write(self, name: str, *buffers: Buffer) -> None:
         """Write one object in place of the old one."""
 
+    def stage(
+        self,
+        objects: Mapping[str, Sequence[Buffer]],
+    ) -> AbstractContextManager[PutStaged]:
+        """Write objects where no reader looks, and yield what puts them in their places.
+
+        So the slow part, the data, is written before a lock is taken, and the entries of a folder
+        are made durable together. What was not put when the block ends is removed.
+        """
+
     def put_if_absent(self, name: str, *buffers: Buffer) -> bool:
         """Write one object only if there is none.
 
@@ -75,6 +87,9 @@ class Files(Protocol):
 
     def read(self, name: str) -> bytes:
         """Return the bytes of an object; raises FileNotFoundError if there is none."""
+
+    def digest(self, name: str) -> str:
+        """Return the BLAKE3 of an object as it is stored; raises as `read` does."""
 
     def read_all(self, names: Iterable[str]) -> Iterator[bytes]:
         """Yield objects in this order, read ahead where that is faster; raises as `read` does."""

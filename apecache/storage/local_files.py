@@ -3,14 +3,17 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from blake3 import blake3
+
 from apecache.errors import StoreError, UnwritableError, nearest_sibling
-from apecache.storage.files import TEMPORARY, Buffer
+from apecache.storage.files import TEMPORARY, Buffer, PutStaged
 
 BLOCK_BYTES = 1 << 18
 UNWRITABLE = (errno.EROFS, errno.EACCES)
@@ -64,9 +67,26 @@ class LocalFiles:
         Where the system refuses (disk full, no permission, …), the old object or the new one is
         there, whole.
         """
-        with self._explained(name), self._temporary(name, buffers) as temporary:
-            os.replace(temporary, self.path(name))
-            self._sync_folder(self.path(name).parent)
+        with self.stage({name: buffers}) as put:
+            put([name])
+
+    @contextlib.contextmanager
+    def stage(self, objects: Mapping[str, Sequence[Buffer]]) -> Iterator[PutStaged]:
+        with contextlib.ExitStack() as stack:
+            temporaries: dict[str, Path] = {}
+            for name, buffers in objects.items():
+                with self._explained(name):
+                    temporaries[name] = stack.enter_context(self._temporary(name, buffers))
+            yield functools.partial(self._put_staged, temporaries)
+
+    def _put_staged(self, temporaries: Mapping[str, Path], names: Iterable[str]) -> None:
+        paths = {name: self.path(name) for name in names}
+        for name, path in paths.items():
+            with self._explained(name):
+                os.replace(temporaries[name], path)
+        for folder in dict.fromkeys(path.parent for path in paths.values()):
+            with self._explained(next(iter(paths))):
+                self._sync_folder(folder)
 
     def put_if_absent(self, name: str, *buffers: Buffer) -> bool:
         """Write one object only if there is none.
@@ -129,6 +149,15 @@ class LocalFiles:
         with self._readable(name):
             return self.path(name).read_bytes()
 
+    def digest(self, name: str) -> str:
+        # In blocks: one buffer of a whole shard would be new memory each time.
+        hasher = blake3()
+        block = bytearray(BLOCK_BYTES)
+        with self._readable(name), self.path(name).open("rb", buffering=0) as file:
+            while n_read := file.readinto(block):
+                hasher.update(memoryview(block)[:n_read])
+        return hasher.hexdigest()
+
     def read_all(self, names: Iterable[str]) -> Iterator[bytes]:
         return map(self.read, names)
 
@@ -180,7 +209,7 @@ class LocalFiles:
 
     @contextlib.contextmanager
     def _temporary(self, name: str, buffers: Sequence[Buffer]) -> Iterator[Path]:
-        """Write a durable file beside the object's path; an error of any kind removes it."""
+        """Write a durable file beside the object's path; what is left of it is removed."""
         folder = self.path(name).parent
         self._make_folder(folder)
         temporary = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
@@ -196,10 +225,10 @@ class LocalFiles:
                 finally:
                     os.close(descriptor)
                 yield temporary
-            except BaseException:
+            finally:
+                # It is gone if it was put in its place.
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
-                raise
 
     @contextlib.contextmanager
     def _locked(self, descriptor: int, how: int) -> Iterator[bool]:

@@ -7,13 +7,15 @@ writer, who has to say that there is no other.
 """
 
 import contextlib
+import functools
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from apecache.errors import StoreError
+from apecache.fingerprint import content_hash
 from apecache.storage.bucket import READERS, Bucket, open_bucket
-from apecache.storage.files import TEMPORARY, Buffer
+from apecache.storage.files import TEMPORARY, Buffer, PutStaged
 
 RANGE_BYTES = 8 << 20
 LEFT_AFTER = timedelta(hours=1)
@@ -81,6 +83,19 @@ class ObjectFiles:
     def write(self, name: str, *buffers: Buffer) -> None:
         self.bucket.write(self._key(name), b"".join(buffers))
 
+    @contextlib.contextmanager
+    def stage(self, objects: Mapping[str, Sequence[Buffer]]) -> Iterator[PutStaged]:
+        """Keep the objects in memory: an object is written whole, where it belongs."""
+        yield functools.partial(self._put_staged, objects)
+
+    def _put_staged(
+        self,
+        objects: Mapping[str, Sequence[Buffer]],
+        names: Iterable[str],
+    ) -> None:
+        for name in names:
+            self.write(name, *objects[name])
+
     def put_if_absent(self, name: str, *buffers: Buffer) -> bool:
         data = b"".join(buffers)
         if not self.alone:
@@ -110,6 +125,9 @@ class ObjectFiles:
 
     def read(self, name: str) -> bytes:
         return self.bucket.read(self._key(name))
+
+    def digest(self, name: str) -> str:
+        return content_hash(self.read(name))
 
     def read_all(self, names: Iterable[str]) -> Iterator[bytes]:
         return self.bucket.read_all(map(self._key, names))

@@ -470,7 +470,7 @@ def table_objects(
 
 def _storable_column(values: Sequence[Any] | NDArray[Any]) -> Sequence[Any] | NDArray[Any]:
     """Return `storable` texts; a search in each of a million takes seconds, so ASCII has none."""
-    is_ascii = "".join(map(str, values)).isascii()
+    is_ascii = all(map(str.isascii, map(str, values)))
     return values if is_ascii else [storable(text) for text in values]
 
 

@@ -216,7 +216,7 @@ def commit_view(files: Files, view: View, number: int | None = None) -> ViewReco
             # The id has a hash of all objects, so what is there already has the same bytes.
             name = f"{view_folder(view_id)}{path}"
             files.put_if_absent(name, data)
-            if content_hash(files.read(name)) != hashes[path]:
+            if files.digest(name) != hashes[path]:
                 raise DamagedError(
                     f"{files.where(name)}: what was read back is not what was written; check "
                     "the disk"

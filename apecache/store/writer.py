@@ -172,9 +172,9 @@ def table_columns(pairs: PairColumns) -> dict[str, tuple[str, list[str] | list[i
 
 def _write_pairs(files: Files, pairs: PairColumns, version: str) -> None:
     objects = {**root_objects(version), **pair_objects(table_columns(pairs))}
-    for name, data in objects.items():
-        files.write(name, data)
-    files.write("README.md", README.encode())
+    staged = {name: (data,) for name, data in {**objects, "README.md": README.encode()}.items()}
+    with files.stage(staged) as put:
+        put(staged)
     hashes: Json = {
         name: {"bytes": len(data), "blake3": content_hash(data)} for name, data in objects.items()
     }
@@ -298,19 +298,37 @@ class ArrayWriter:
             content=list(content),
             fingerprint=self.record.fingerprint.digest,
         )
-        with self.files.exclusive(f"{self._folder}/commits"):
-            # Before any write: a shard that is committed with other bytes must stay as it is.
-            committed = self._committed_alike(record)
-            # Of a committed shard, only chunks that are lost or damaged are written again.
-            for name, payload in payloads.items():
-                if not committed or not self._stands(name, objects[name].blake3):
-                    self._put(name, payload, objects[name].blake3)
-            name = commit_name(self.record.modality, self.record.name, shard)
+        self._store(record, payloads)
+        return record
+
+    def _store(self, record: CommitRecord, payloads: Mapping[str, tuple[Buffer, ...]]) -> None:
+        """Write the objects of a shard, then its record; of a committed shard, what it lacks."""
+        hash_by_name = {name: entry.blake3 for name, entry in record.objects.items()}
+        record_name = commit_name(self.record.modality, self.record.name, record.shard)
+        lost = list(payloads)
+        if self.files.exists(record_name):
+            lost = self._not_standing(hash_by_name)
+        # The data is written before the lock is taken: other shards are committed meanwhile.
+        with (
+            self.files.stage({name: payloads[name] for name in lost}) as put,
+            self.files.exclusive(f"{self._folder}/commits"),
+        ):
+            # Before anything is put: a shard that is committed with other bytes must stay.
+            if self._committed_alike(record):
+                # Of a committed shard, only chunks that are lost or damaged are put again.
+                lost = self._not_standing({name: hash_by_name[name] for name in lost})
+            if lost:
+                put(lost)
+            failed = self._not_standing({name: hash_by_name[name] for name in lost})
+            if failed:
+                raise DamagedError(
+                    f"{self.files.where(failed[0])}: what was read back is not what was written; "
+                    "check the disk"
+                )
             # Chunks are durable by now, so a record never names what a power cut could lose.
             # Another writer may have been first. With the same bytes that is as good.
-            if not self.files.put_if_absent(name, record.to_bytes()):
+            if not self.files.put_if_absent(record_name, record.to_bytes()):
                 self._committed_alike(record)
-        return record
 
     def seal(self) -> None:
         """Mark the array as complete: a digest over all records, hence over all data.
@@ -390,9 +408,17 @@ class ArrayWriter:
                 f"shard {shard}: expected {expected_shape}, found {features.shape}, lengths "
                 f"{lengths is not None}"
             )
+        stored_dtypes: dict[str, np.dtype[Any]] = {}
+        for part_name, (dtype, _) in layout.parts.items():
+            stored_dtypes[part_name] = np.dtype(dtype).newbyteorder("<")
+        is_plain = not layout.scaled and features.dtype == stored_dtypes["features"]
+        if is_plain and lengths is None and not quarantined and len(rows) == layout.shard_rows:
+            # Nothing to pad or to mark: the features are written without a copy.
+            status_of_all = np.full(len(rows), OK, dtype=stored_dtypes["status"])
+            return {"features": np.ascontiguousarray(features), "status": status_of_all}
         chunks: dict[str, NDArray[Any]] = {}
-        for part_name, (dtype, shape) in layout.parts.items():
-            stored_dtype = np.dtype(dtype).newbyteorder("<")
+        for part_name, (_, shape) in layout.parts.items():
+            stored_dtype = stored_dtypes[part_name]
             chunks[part_name] = np.zeros((layout.shard_rows, *shape), dtype=stored_dtype)
         chunk = chunks["features"]
         status = chunks["status"]
@@ -420,21 +446,17 @@ class ArrayWriter:
         status[bad] = QUARANTINED
         return chunks
 
-    def _put(self, name: str, payload: tuple[Buffer, ...], expected_hash: str) -> None:
-        """Write one object and compare what is there with what should be."""
-        self.files.write(name, *payload)
-        if not self._stands(name, expected_hash):
-            raise DamagedError(
-                f"{self.files.where(name)}: what was read back is not what was written; check "
-                "the disk"
-            )
-
-    def _stands(self, name: str, blake3: str) -> bool:
-        """Return whether an object exists and has this hash."""
-        try:
-            return content_hash(self.files.read(name)) == blake3
-        except FileNotFoundError:
-            return False
+    def _not_standing(self, hash_by_name: Mapping[str, str]) -> list[str]:
+        """Return the objects that are missing or have another hash."""
+        names: list[str] = []
+        for name, expected_hash in hash_by_name.items():
+            try:
+                stands = self.files.digest(name) == expected_hash
+            except FileNotFoundError:
+                stands = False
+            if not stands:
+                names.append(name)
+        return names
 
     def _committed_alike(self, record: CommitRecord) -> bool:
         """Return whether the shard is committed already.
