@@ -140,6 +140,7 @@ def _meta(name: str, modalities: Iterable[str], dim: int | None) -> "ModelMeta":
 
 def _unit(embeddings: Any) -> Embeddings:
     """Return vectors of length 1 as float32 [n, dim], also of tensors."""
-    values = np.asarray(embeddings, np.float32)
+    values: Embeddings = np.asarray(embeddings, np.float32)
     length = np.linalg.norm(values, axis=-1, keepdims=True)
-    return values / np.maximum(length, np.finfo(np.float32).tiny)
+    unit: Embeddings = values / np.maximum(length, np.finfo(np.float32).tiny)
+    return unit

@@ -12,7 +12,8 @@ from PIL import Image
 from tiny import draw_shape
 
 import apecache
-from apecache.errors import MissingExtraError
+from apecache.errors import MissingExtraError, OptionError
+from apecache.export.benchmark_suite import read_suites, run_suite
 from apecache.export.export_run import ExportRunSpec, export_run
 from apecache.export.mteb_model import SENTENCE_MODEL
 from apecache.metrics.retrieval import retrieval_report
@@ -206,6 +207,78 @@ def test_a_folder_on_a_hub_runs_unchanged(
     monkeypatch.setattr(SentenceTransformer, "__init__", from_folder)
     model = meta.load_model(device="cpu")
     assert scores(mteb, model, zero_shot_task())["accuracy"] == pytest.approx(our_accuracy(run))
+
+
+@pytest.fixture
+def data_root(tmp_path: Path) -> Path:
+    """The data of mteb's own tasks, as drawings, in the layout of their repositories."""
+    import datasets
+
+    images = drawings()
+    root = tmp_path / "data"
+    names = ["airplane", "automobile", "bird", "cat"]
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    )
+    labels = [number % 4 for number in range(9)]
+    split = datasets.Dataset.from_dict({"img": images, "label": labels}, features=features)
+    (root / "mteb" / "cifar10").mkdir(parents=True)
+    split.to_parquet(root / "mteb" / "cifar10" / "test-00000.parquet")
+    pairs = {"image_0": images[:8], "image_1": images[1:]}
+    pairs |= {"caption_0": CAPTIONS[:8], "caption_1": CAPTIONS[1:]}
+    (root / "winoground").mkdir()
+    features = datasets.Features(
+        {
+            "image_0": datasets.Image(),
+            "image_1": datasets.Image(),
+            "caption_0": datasets.Value("string"),
+            "caption_1": datasets.Value("string"),
+        }
+    )
+    chosen = datasets.Dataset.from_dict(pairs, features=features)
+    chosen.to_parquet(root / "winoground" / "test-00000.parquet")
+    return root
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_suite_of_own_tasks_of_mteb(
+    mteb: ModuleType,
+    run: Path,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two tasks as mteb defines them; the data of a third one are nowhere."""
+    del mteb
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    suite = "mteb:CIFAR10ZeroShot,Winoground,STL10ZeroShot"
+    report = run_suite(run, suite, data_root)
+    rows = {row.data_set: row for row in report.rows}
+    assert set(rows) == {"CIFAR10ZeroShot", "Winoground"}
+    assert "cannot be read" in report.failed["STL10ZeroShot"]
+    ours = apecache.load(run, device="cpu")
+    images = torch.from_numpy(ours.encode_image(drawings()))
+    prompts = [f"a photo of a {name}." for name in ("airplane", "automobile", "bird", "cat")]
+    predicted = (images @ torch.from_numpy(ours.encode_text(prompts)).T).argmax(1)
+    accuracy = float((predicted == torch.arange(9) % 4).double().mean())
+    assert rows["CIFAR10ZeroShot"].metrics["accuracy"] == pytest.approx(accuracy)
+    low, high = rows["CIFAR10ZeroShot"].intervals["accuracy"]
+    assert low <= accuracy <= high
+    assert rows["CIFAR10ZeroShot"].n_images == 9
+    texts = torch.from_numpy(ours.encode_text(CAPTIONS))
+    cosines = images @ texts.T
+    right = [
+        bool(cosines[n, n] > cosines[n, n + 1] and cosines[n + 1, n + 1] > cosines[n + 1, n])
+        for n in range(8)
+    ]
+    assert rows["Winoground"].metrics["text_acc"] == pytest.approx(sum(right) / 8)
+    assert {r.suite for r in read_suites(run)} == {"mteb"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_unknown_task_is_named(mteb: ModuleType, run: Path) -> None:
+    del mteb
+    with pytest.raises(OptionError, match="CIFAR10ZeroShot"):
+        run_suite(run, "mteb:CIFAR10Zeroshot", None)
 
 
 def no_weights() -> Any:
