@@ -90,8 +90,8 @@ def mteb_model(
         RunError: neither a finished run nor such a folder.
         MissingExtraError: mteb is not installed.
     """
-    require_mteb()
     place = as_place(source, "source")
+    require_mteb()
     name = f"{ORGANIZATION}/{Path(str(place)).name or 'run'}"
     if not is_object_url(place) and (Path(place) / SENTENCE_MODEL).is_file():
         return _open_sentence_model(Path(place), name, device)

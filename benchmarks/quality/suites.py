@@ -142,8 +142,12 @@ def fit_run(options: argparse.Namespace, work: Path) -> Path:
     from apecache.train.head_data import FitSpec
 
     store = FeatureStore.open(options.store)
-    names = {"image": options.image_encoder, "text": options.text_encoder}
-    spec = FitSpec(device="cpu", **{side: name for side, name in names.items() if name})
+    spec = FitSpec(
+        image_features=options.image_encoder,
+        text_features=options.text_encoder,
+        report_split="val",
+        device="cpu",
+    )
     apecache.fit_head(store, "projection", run, spec)
     return run
 
