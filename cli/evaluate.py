@@ -23,6 +23,7 @@ from .suites import measure_suites, require_suite_options, show_suites
 from .terminal import choice, ending, show_json, show_table, warn
 
 if TYPE_CHECKING:
+    from apecache.evaluate.baseline import Baseline
     from apecache.evaluate.embeddings import Embeddings, OpenImage
     from apecache.metrics.protocols import RecallIntervals
     from apecache.metrics.retrieval import RetrievalReport
@@ -350,10 +351,13 @@ def retrieval(
     store = task_options.store
     if store is None:
         raise OptionError("--store is missing: give the feature store to measure retrieval on")
+    from apecache.evaluate.baseline import load_baseline
     from apecache.evaluate.comparison import was_split_seen
     from apecache.evaluate.embeddings import embed_store
     from apecache.store.reader import FeatureStore
 
+    # Before anything is embedded: a wrong name must fail early.
+    ready_made = None if baseline is None else load_baseline(baseline, request.device)
     split = request.split or "val"
     loaded = request.load()
     opened = FeatureStore.open(store, task_options.view)
@@ -387,14 +391,13 @@ def retrieval(
     }
     if options.relevance is not None:
         result["graded"] = graded(embedded, opened, options.relevance)
-    if baseline is not None:
+    if ready_made is not None:
         result["baseline"] = baseline_recalls(
-            baseline,
+            ready_made,
             store=opened,
             embedded=embedded,
             open_image=image_opener(opened, request.source_options.root),
             options=options,
-            device=request.device,
         )
     return result
 
@@ -410,19 +413,17 @@ def image_opener(store: "FeatureStore", root: str | None) -> "OpenImage":
 
 
 def baseline_recalls(
-    name: str,
+    baseline: "Baseline",
     store: "FeatureStore",
     embedded: "Embeddings",
     open_image: "OpenImage",
     options: RetrievalOptions,
-    device: str,
 ) -> dict[str, Any]:
     """Return the recalls of a ready-made model on the images and captions of a run, as JSON."""
-    from apecache.evaluate.baseline import embed_baseline, load_baseline
+    from apecache.evaluate.baseline import embed_baseline
 
-    baseline = load_baseline(name, device)
     of_baseline = embed_baseline(baseline, store, embedded, open_image)
-    result = {"name": name, **plain_recalls(of_baseline, options.folds)}
+    result = {"name": baseline.name, **plain_recalls(of_baseline, options.folds)}
     if options.relevance is not None:
         result["graded"] = graded(of_baseline, store, options.relevance)
     return result
