@@ -28,6 +28,7 @@ from .evaluate.scout import scout as scout
 from .evaluate.zeroshot import ZeroShotReport as ZeroShotReport
 from .evaluate.zeroshot import ZeroShotSpec as ZeroShotSpec
 from .evaluate.zeroshot import zero_shot as zero_shot
+from .export.mteb_model import mteb_model as mteb_model
 from .export.open_clip_triple import open_clip_triple as open_clip_triple
 from .extraction.additions import add_images as add_images
 from .extraction.additions import delete_images as delete_images
@@ -152,6 +153,7 @@ __all__ = [
     "load_run",
     "load_space",
     "log_to_tensorboard",
+    "mteb_model",
     "open_clip_triple",
     "open_pairs",
     "parse_encoder",

@@ -19,9 +19,11 @@ from .option_groups import (
 )
 from .runs import MovedEncoders, opener
 from .source_options import SourceOptions
+from .suites import measure_suites, require_suite_options, show_suites
 from .terminal import choice, ending, show_json, show_table, warn
 
 if TYPE_CHECKING:
+    from apecache.evaluate.baseline import Baseline
     from apecache.evaluate.embeddings import Embeddings, OpenImage
     from apecache.metrics.protocols import RecallIntervals
     from apecache.metrics.retrieval import RetrievalReport
@@ -91,8 +93,9 @@ class TaskOptions(OptionGroup):
         str | None,
         typer.Option(
             metavar="SUITE",
-            help="In place of a task: clip-benchmark (every data set of --data-root) or "
-            "datacomp-38 (extra: zero-shot).",
+            help="In place of a task: clip-benchmark (every data set of --data-root), "
+            "clip-benchmark:NAME,… (data sets that it builds), datacomp-38, mteb:TASK,…, or a file "
+            "with one of them per line (extras: zero-shot, mteb).",
             rich_help_panel=SUITES,
         ),
     ] = None
@@ -100,7 +103,7 @@ class TaskOptions(OptionGroup):
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Folder of the data sets of --suite, in clip_benchmark's webdataset layout.",
+            help="Folder of the data sets of --suite. mteb can do without: it downloads.",
             rich_help_panel=SUITES,
         ),
     ] = None
@@ -214,6 +217,8 @@ def evaluate(
     Example: apecache evaluate run --task zeroshot --labels labels.tsv --template "a photo of {}"
 
     Example: apecache evaluate run --task zeroshot --labels food-101/images --dataset food101
+
+    Example: apecache evaluate run --suite datacomp-38 --data-root data
     """
     with ending():
         task = task_options.task
@@ -227,17 +232,30 @@ def evaluate(
             **vars(class_options),
         }
         _require_effect(task, [name for name, value in task_values.items() if value])
+        task_values["split"] = task_options.split
+        require_suite_options(
+            task_options.suite,
+            task_options.data_root,
+            task=task,
+            given=[name for name, value in task_values.items() if value],
+        )
         # Options are refused before anything is downloaded.
         from apecache.runs.remote import fetched_run
 
         # A run on object storage is a local copy until the end of the block.
         with fetched_run(run) as run_folder:
             if task_options.suite is not None:
-                result = suite(run_folder, task_options, encoders, device)
+                results = measure_suites(
+                    run_folder,
+                    task_options.suite,
+                    data_root=task_options.data_root,
+                    moved=encoders.recorded_in(run_folder),
+                    device=device,
+                )
                 if json:
-                    show_json(result)
+                    show_json(results[0] if len(results) == 1 else {"suites": results})
                 else:
-                    show_suite(run, result)
+                    show_suites(run, results)
                 return
             request = LabeledOptions(
                 run=run_folder,
@@ -276,55 +294,6 @@ def measure(
             return probes(request, "image", task_options.probe_train_split)
         case _:
             return probes(request, "text", task_options.probe_train_split)
-
-
-def suite(
-    run: Path,
-    options: TaskOptions,
-    encoders: MovedEncoders,
-    device: str,
-) -> dict[str, Any]:
-    """Measure a run by another program's suite; return the JSON form of its report."""
-    from apecache.device import resolve_device
-    from apecache.errors import OptionError
-    from apecache.export.benchmark_suite import run_suite
-
-    assert options.suite is not None
-    if options.data_root is None:
-        raise OptionError("--data-root is missing: give the folder of the data sets of --suite")
-    moved_image, moved_text = encoders.recorded_in(run)
-    report = run_suite(
-        run,
-        options.suite,
-        data_root=options.data_root,
-        image=moved_image,
-        text=moved_text,
-        device=str(resolve_device(device)),
-        progress=lambda name: typer.echo(f"measuring {name}", err=True),
-    )
-    return asdict(report)
-
-
-def show_suite(run: str, result: dict[str, Any]) -> None:
-    """Show the figures of a suite in per cent, and the tasks without data."""
-    rows: list[tuple[object, ...]] = []
-    for row in result["rows"]:
-        metric = row["main_metric"]
-        # Outside of DataComp the first figure of clip_benchmark is shown.
-        shown = metric if metric in row["metrics"] else next(iter(row["metrics"]))
-        low, high = row["intervals"][shown]
-        span = f"{100 * low:.1f} to {100 * high:.1f}"
-        rows.append((row["title"], shown, 100 * row["metrics"][shown], span, row["n_images"]))
-    columns = ("data set", "figure", "%", "95 % interval", "images")
-    show_table(f"{result['suite']}: {run}", columns, rows)
-    if result["main_score"] is not None:
-        # DataComp's score is the mean over 38 tasks: one over fewer must say so.
-        n_measured = 38 - len(result["missing"])
-        typer.echo(
-            f"mean of the {n_measured} of 38 tasks that were measured: "
-            f"{100 * result['main_score']:.2f} %"
-        )
-        typer.echo(f"missing: {', '.join(result['missing'])}")
 
 
 def show_result(run: str, task: str, result: dict[str, Any]) -> None:
@@ -382,10 +351,13 @@ def retrieval(
     store = task_options.store
     if store is None:
         raise OptionError("--store is missing: give the feature store to measure retrieval on")
+    from apecache.evaluate.baseline import load_baseline
     from apecache.evaluate.comparison import was_split_seen
     from apecache.evaluate.embeddings import embed_store
     from apecache.store.reader import FeatureStore
 
+    # Before anything is embedded: a wrong name must fail early.
+    ready_made = None if baseline is None else load_baseline(baseline, request.device)
     split = request.split or "val"
     loaded = request.load()
     opened = FeatureStore.open(store, task_options.view)
@@ -419,14 +391,13 @@ def retrieval(
     }
     if options.relevance is not None:
         result["graded"] = graded(embedded, opened, options.relevance)
-    if baseline is not None:
+    if ready_made is not None:
         result["baseline"] = baseline_recalls(
-            baseline,
+            ready_made,
             store=opened,
             embedded=embedded,
             open_image=image_opener(opened, request.source_options.root),
             options=options,
-            device=request.device,
         )
     return result
 
@@ -442,19 +413,17 @@ def image_opener(store: "FeatureStore", root: str | None) -> "OpenImage":
 
 
 def baseline_recalls(
-    name: str,
+    baseline: "Baseline",
     store: "FeatureStore",
     embedded: "Embeddings",
     open_image: "OpenImage",
     options: RetrievalOptions,
-    device: str,
 ) -> dict[str, Any]:
     """Return the recalls of a ready-made model on the images and captions of a run, as JSON."""
-    from apecache.evaluate.baseline import embed_baseline, load_baseline
+    from apecache.evaluate.baseline import embed_baseline
 
-    baseline = load_baseline(name, device)
     of_baseline = embed_baseline(baseline, store, embedded, open_image)
-    result = {"name": name, **plain_recalls(of_baseline, options.folds)}
+    result = {"name": baseline.name, **plain_recalls(of_baseline, options.folds)}
     if options.relevance is not None:
         result["graded"] = graded(of_baseline, store, options.relevance)
     return result

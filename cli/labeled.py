@@ -12,6 +12,7 @@ from .source_options import SourceOptions
 from .terminal import progress, show_table, warn
 
 if TYPE_CHECKING:
+    from apecache.evaluate.baseline import Baseline
     from apecache.encoders.spec import EncoderSpec
     from apecache.evaluate.labeled import LabeledSpec
     from apecache.evaluate.zeroshot import ZeroShotReport, ZeroShotSpec
@@ -113,6 +114,7 @@ def zeroshot(
             "--template and --templates exclude each other: both give the prompts; leave one out"
         )
     images = request.spec("image", (request.split,) if request.split else ())
+    from apecache.evaluate.baseline import load_baseline
     from apecache.evaluate.benchmark_names import load_benchmark
     from apecache.evaluate.class_names import read_class_names
     from apecache.evaluate.prompts import find_templates
@@ -124,25 +126,32 @@ def zeroshot(
         names = read_class_names(class_names)
     prompts = tuple(template) if template else find_templates(templates, benchmark)
     spec = ZeroShotSpec(images, templates=prompts, text=request.moved[1], names=names)
+    # Before the images are encoded: a wrong name must fail early.
+    ready_made = None if baseline is None else load_baseline(baseline, request.device)
     with progress() as update:
         report = zero_shot(request.load(), spec, update)
     warn_of_labels(report)
     result = {"task": "zeroshot", "split": request.split, **zeroshot_json(report)}
-    if baseline is not None:
-        result["baseline"] = {"name": baseline, **baseline_zeroshot(baseline, spec)}
+    if ready_made is not None:
+        result["baseline"] = {"name": baseline, **baseline_zeroshot(ready_made, spec)}
     return result
 
 
-def baseline_zeroshot(name: str, spec: "ZeroShotSpec") -> dict[str, Any]:
+def baseline_zeroshot(baseline: "Baseline", spec: "ZeroShotSpec") -> dict[str, Any]:
     """Classify the same images by the same names and prompts with a ready-made model."""
     from dataclasses import replace
 
-    from apecache.evaluate.baseline import load_baseline
+    from apecache.arguments import as_path
     from apecache.evaluate.zeroshot import zero_shot
 
-    heads = load_baseline(name, spec.images.device).heads()
-    # The encoders are its own, whatever has moved of the run's.
-    images = replace(spec.images, encoder=None)
+    heads = baseline.heads()
+    # The encoders are its own, whatever has moved of the run's. So are the features: a cache holds
+    # those of one encoder.
+    images = replace(
+        spec.images,
+        encoder=None,
+        caches=as_path(spec.images.caches, "caches") / heads.image.fingerprint.digest[:16],
+    )
     with progress() as update:
         return zeroshot_json(zero_shot(heads, replace(spec, images=images, text=None), update))
 

@@ -167,6 +167,7 @@ CALLS: Wrongs = {
         lambda s, h: apecache.import_features(WRONG, apecache.ImportSpec()),
     ),
     "import_features, spec": ("spec", lambda s, h: apecache.import_features("out", WRONG)),
+    "mteb_model": ("source", lambda s, h: apecache.mteb_model(WRONG)),
     "open_clip_triple": ("run", lambda s, h: apecache.open_clip_triple(WRONG)),
     "register_head": ("name", lambda s, h: apecache.register_head(WRONG)),
     "register_loss": ("name", lambda s, h: apecache.register_loss(WRONG)),

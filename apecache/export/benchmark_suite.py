@@ -1,187 +1,164 @@
-"""Measure a run by clip_benchmark, on data sets in its webdataset layout; extra `zero-shot`.
+"""Measure a run by the suites of other programs, and keep the results beside the run.
 
-A data set is a folder with `test/nshards.txt`, `test/0.tar`, …, and `classnames.txt` and
-`zeroshot_classification_templates.txt`, or `dataset_type.txt` with the word retrieval
-(`clip_benchmark_export_wds` writes them). The figures are its own. The run is opened by
-`open_clip_triple`. A result is kept beside the run, so an interrupted suite resumes.
+- `clip-benchmark`: every data set below a folder in clip_benchmark's webdataset layout.
+- `clip-benchmark:NAME,…`: data sets that clip_benchmark builds from the publishers' files.
+- `datacomp-38`: the tasks of the DataComp challenge that lie below the folder.
+- `mteb:TASK,…`: tasks of mteb.
+
+An interrupted suite resumes: what was measured with the same weights on the same files is kept.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from apecache.encoders.spec import EncoderSpec
-from apecache.errors import DataError, MissingExtraError, OptionError, counted, nearest
+from apecache.errors import DataError, OptionError, counted, nearest
+from apecache.export.clip_benchmark_sets import (
+    find_data_sets,
+    measure_built,
+    measure_folder,
+    require_clip_benchmark,
+)
+from apecache.export.datacomp import DATACOMP, OURS
+from apecache.export.mteb_model import MtebModel, mteb_model
+from apecache.export.mteb_suite import find_tasks, local_folder, measure_task
 from apecache.export.open_clip_triple import OpenClipTriple, open_clip_triple
-from apecache.metrics.statistics import accuracy_interval
+from apecache.export.suite_report import SuiteReport, SuiteRow, folder_stamp
 from apecache.runs.load import load_run
 from apecache.storage.replace import replace_text
 
-SUITES = ("clip-benchmark", "datacomp-38")
+SUITES = ("clip-benchmark", "datacomp-38", "mteb")
+FORMS = "clip-benchmark, clip-benchmark:NAME,…, datacomp-38 or mteb:TASK,…"
 FOLDER = "suites"
-KS = (1, 5, 10)
-BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataCompTask:
-    """Name one task of DataComp (Gadre et al. 2023, appendix N)."""
+class SuiteSpec:
+    """Say where the encoders of a run are, and on which device they work."""
 
-    name: str
-    main_metric: str = "acc1"
-    """What counts in the mean of all tasks; `mean_recall@1` is the mean of both directions."""
-
-
-DATACOMP = {
-    "vtab/caltech101": DataCompTask(name="Caltech-101", main_metric="mean_per_class_recall"),
-    "cifar10": DataCompTask(name="CIFAR-10"),
-    "vtab/cifar100": DataCompTask(name="CIFAR-100"),
-    "vtab/clevr_count_all": DataCompTask(name="CLEVR Counts"),
-    "vtab/clevr_closest_object_distance": DataCompTask(name="CLEVR Distance"),
-    "country211": DataCompTask(name="Country211"),
-    "vtab/dtd": DataCompTask(name="Describable Textures"),
-    "vtab/eurosat": DataCompTask(name="EuroSAT"),
-    "fgvc_aircraft": DataCompTask(name="FGVC Aircraft", main_metric="mean_per_class_recall"),
-    "food101": DataCompTask(name="Food-101"),
-    "gtsrb": DataCompTask(name="GTSRB"),
-    "imagenet1k": DataCompTask(name="ImageNet 1k"),
-    "imagenet_sketch": DataCompTask(name="ImageNet Sketch"),
-    "imagenetv2": DataCompTask(name="ImageNet v2"),
-    "imagenet-a": DataCompTask(name="ImageNet-A"),
-    "imagenet-o": DataCompTask(name="ImageNet-O"),
-    "imagenet-r": DataCompTask(name="ImageNet-R"),
-    "vtab/kitti_closest_vehicle_distance": DataCompTask(name="KITTI Vehicle Distance"),
-    "mnist": DataCompTask(name="MNIST"),
-    "objectnet": DataCompTask(name="ObjectNet"),
-    "vtab/flowers": DataCompTask(name="Oxford Flowers-102", main_metric="mean_per_class_recall"),
-    "vtab/pets": DataCompTask(name="Oxford-IIIT Pet", main_metric="mean_per_class_recall"),
-    "voc2007": DataCompTask(name="Pascal VOC 2007"),
-    "vtab/pcam": DataCompTask(name="PatchCamelyon"),
-    "renderedsst2": DataCompTask(name="Rendered SST2"),
-    "vtab/resisc45": DataCompTask(name="RESISC45"),
-    "cars": DataCompTask(name="Stanford Cars"),
-    "stl10": DataCompTask(name="STL-10"),
-    "sun397": DataCompTask(name="SUN397"),
-    "vtab/svhn": DataCompTask(name="SVHN"),
-    "retrieval/flickr30k": DataCompTask(name="Flickr", main_metric="mean_recall@1"),
-    "retrieval/mscoco_2014_5k_test_image_text_retrieval": DataCompTask(
-        name="MSCOCO",
-        main_metric="mean_recall@1",
-    ),
-    "misc/winogavil": DataCompTask(name="WinoGAViL", main_metric="jaccard_score_10-12"),
-    "wilds/iwildcam": DataCompTask(name="iWildCam", main_metric="F1-macro_all"),
-    "wilds/camelyon17": DataCompTask(name="Camelyon17"),
-    "wilds/fmow": DataCompTask(name="FMoW", main_metric="acc_worst_region"),
-    "fairness/dollar_street": DataCompTask(name="Dollar Street", main_metric="acc_top5_wg"),
-    "fairness/geode": DataCompTask(name="GeoDE", main_metric="acc_wg"),
-}
-"""The 38 tasks by the folder of their data, with the names and main metrics of the challenge."""
-OURS = ("acc1", "mean_per_class_recall", "mean_recall@1")
-"""Main metrics that clip_benchmark computes; the others need code of the challenge."""
+    image: EncoderSpec | None = None
+    """Image encoder at its new place, if it has moved."""
+    text: EncoderSpec | None = None
+    """Text encoder at its new place, if it has moved."""
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteRow:
-    """Hold the figures of one data set."""
+class _Job:
+    """One data set that is to be measured."""
 
-    data_set: str
-    title: str
-    metrics: Mapping[str, float]
-    """As clip_benchmark names them, 0 to 1."""
-    intervals: Mapping[str, tuple[float, float]]
-    """95 % intervals of shares of images, 0 to 1."""
-    n_images: int
-    main_metric: str | None
-    """Of DataComp; None outside of it."""
+    stamp: str
+    measure: Callable[["_Models"], SuiteRow]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SuiteReport:
-    """Hold the figures of all data sets, and what is missing."""
+class _Models:
+    """Open the run in the form that a program needs, once, when it is first needed."""
 
-    suite: str
-    rows: tuple[SuiteRow, ...]
-    missing: tuple[str, ...]
-    """Tasks of DataComp without data, or whose main metric is not computed here."""
-    main_score: float | None
-    """Mean of the main metrics of the tasks that were measured; None outside of DataComp."""
+    def __init__(self, run: Path, spec: SuiteSpec) -> None:
+        self.run = run
+        self.spec = spec
+        self._triple: OpenClipTriple | None = None
+        self._mteb: MtebModel | None = None
+
+    @property
+    def triple(self) -> OpenClipTriple:
+        if self._triple is None:
+            self._triple = open_clip_triple(self.run, **vars(self.spec))
+        return self._triple
+
+    @property
+    def mteb(self) -> MtebModel:
+        if self._mteb is None:
+            model = mteb_model(self.run, **vars(self.spec))
+            assert isinstance(model, MtebModel)
+            self._mteb = model
+        return self._mteb
+
+
+def suite_names(suite: str) -> tuple[str, ...]:
+    """Return the suites that an option names: itself, or the lines of a file.
+
+    Args:
+        suite: a suite, or the path of a file with one suite per line; `#` begins a comment.
+
+    Raises:
+        OptionError: neither, or an empty file.
+    """
+    if suite.partition(":")[0] in SUITES:
+        return (suite,)
+    path = Path(suite)
+    if not path.is_file():
+        raise OptionError(
+            f"--suite {suite}: expected {FORMS}, or a file with one of them per line"
+            f"{nearest(suite.partition(':')[0], SUITES)}"
+        )
+    lines = [line.partition("#")[0].strip() for line in _lines(path)]
+    names = tuple(dict.fromkeys(line for line in lines if line))
+    unknown = [name for name in names if name.partition(":")[0] not in SUITES]
+    if unknown or not names:
+        raise OptionError(
+            f"--suite {suite}: each line of the file is expected to be {FORMS}, found "
+            f"{unknown[0] if unknown else 'no line'}"
+        )
+    return names
 
 
 def run_suite(
     run: Path,
     suite: str,
-    data_root: Path,
-    image: EncoderSpec | None = None,
-    text: EncoderSpec | None = None,
-    device: str = "cpu",
+    data_root: Path | None,
+    spec: SuiteSpec | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> SuiteReport:
-    """Measure a run on every data set of a suite that lies below a folder.
+    """Measure a run on the data sets of a suite.
 
-    Results of an earlier call with the same weights are taken from the run's folder.
+    Results of an earlier call with the same weights and files are taken from the run's folder. A
+    named data set that cannot be measured is reported and does not stop the others.
 
     Args:
         run: folder of the run.
-        suite: `clip-benchmark`, every data set; or `datacomp-38`, those of the challenge.
-        data_root: folder of the data sets.
-        image: image encoder at its new place, if it has moved.
-        text: text encoder at its new place, if it has moved.
-        device: of the encoders.
+        suite: one of the forms at the top of this module.
+        data_root: folder of the data sets; only mteb can do without.
+        spec: encoders and device.
         progress: called with the name of each data set before it is measured.
 
     Raises:
-        OptionError: no such suite.
-        DataError: no data set.
-        MissingExtraError: clip_benchmark or webdataset is not installed.
+        OptionError: no such suite or task, or no `data_root`.
+        DataError: no data set could be measured.
+        MissingExtraError: the other program is not installed.
     """
-    if suite not in SUITES:
-        raise OptionError(
-            f"--suite {suite}: expected one of {', '.join(SUITES)}{nearest(suite, SUITES)}"
-        )
-    _require_library()
-    is_datacomp = suite == "datacomp-38"
-    data_sets = find_data_sets(data_root)
-    selected = data_sets
-    if is_datacomp:
-        selected = {name: path for name, path in data_sets.items() if name in DATACOMP}
-    if not selected:
-        raise DataError(
-            f"{data_root} has no data set of {suite}; expected folders with test/nshards.txt "
-            f"(found {counted(len(data_sets), 'other data set')})"
-        )
-    digest = load_run(run, image=image, text=text).digest
-    results = run / FOLDER / f"{suite}.json"
+    kind, _, listed = suite.partition(":")
+    names = tuple(name.strip() for name in listed.split(",") if name.strip())
+    _require_form(suite, kind, names, data_root)
+    spec = spec or SuiteSpec()
+    failed: dict[str, str] = {}
+    jobs = _jobs(kind, names, data_root, spec, failed)
+    digest = load_run(run, image=spec.image, text=spec.text).digest
+    results = run / FOLDER / f"{kind}.json"
     kept_results = _read(results, digest)
-    triple: OpenClipTriple | None = None
+    models = _Models(run, spec)
     rows: dict[str, SuiteRow] = {}
-    for name, path in sorted(selected.items()):
-        if name not in kept_results:
+    for name, job in jobs.items():
+        kept_row = kept_results.get(name)
+        # Loaded only for what is measured: a suite that is finished needs no encoder.
+        if kept_row is None or kept_row.get("stamp", job.stamp) != job.stamp:
             progress(name)
-            # Loaded only now: a suite that is finished needs no encoder.
-            if triple is None:
-                triple = open_clip_triple(run, image=image, text=text, device=device)
+            try:
+                row = job.measure(models)
+            except DataError as error:
+                failed[name] = str(error)
+                continue
             # Written after each data set, so that an interrupt loses one at most.
-            kept_results[name] = asdict(_measure(name, path, triple, device))
+            kept_results[name] = asdict(row)
             _write(results, digest, kept_results)
         rows[name] = _row(kept_results[name])
-    return _report(suite, rows)
-
-
-def find_data_sets(root: Path) -> dict[str, Path]:
-    """Return the data sets below a folder by their names: a path with slashes, without `wds_`."""
-    data_sets = {}
-    for marker in sorted(root.rglob("nshards.txt")):
-        if marker.parent.name == "test":
-            folder = marker.parent.parent
-            data_sets[folder.relative_to(root).as_posix().removeprefix("wds_")] = folder
-    return data_sets
+    if not rows:
+        raise DataError("; ".join(failed.values()))
+    return _report(kind, rows, failed)
 
 
 def read_suites(run: Path) -> list[SuiteReport]:
@@ -191,8 +168,72 @@ def read_suites(run: Path) -> list[SuiteReport]:
         path = run / FOLDER / f"{suite}.json"
         if path.is_file():
             kept_results = json.loads(path.read_text(encoding="utf-8"))["results"]
-            reports.append(_report(suite, {name: _row(row) for name, row in kept_results.items()}))
+            rows = {name: _row(row) for name, row in kept_results.items()}
+            reports.append(_report(suite, rows))
     return reports
+
+
+def _require_form(suite: str, kind: str, names: tuple[str, ...], data_root: Path | None) -> None:
+    wrong = kind not in SUITES
+    wrong |= kind == "mteb" and not names
+    wrong |= kind == "datacomp-38" and ":" in suite
+    wrong |= kind == "clip-benchmark" and ":" in suite and not names
+    if wrong:
+        raise OptionError(f"--suite {suite}: expected {FORMS}{nearest(kind, SUITES)}")
+    if data_root is None and kind != "mteb":
+        raise OptionError(
+            f"--data-root is missing: give the folder of the data sets of --suite {suite}"
+        )
+    if data_root is not None and not data_root.is_dir():
+        raise OptionError(f"--data-root {data_root}: expected a folder, found none")
+
+
+def _jobs(
+    kind: str,
+    names: tuple[str, ...],
+    data_root: Path | None,
+    spec: SuiteSpec,
+    failed: dict[str, str],
+) -> dict[str, _Job]:
+    """Return what is to be measured, by name; fill `failed` with what cannot be found."""
+    if kind == "mteb":
+        return {name: _mteb_job(name, task, data_root) for name, task in find_tasks(names).items()}
+    require_clip_benchmark()
+    assert data_root is not None
+    if names:
+        return {name: _built_job(name, data_root, spec) for name in names}
+    data_sets = find_data_sets(data_root)
+    selected = data_sets
+    if kind == "datacomp-38":
+        selected = {name: path for name, path in data_sets.items() if name in DATACOMP}
+    if not selected:
+        raise DataError(
+            f"{data_root} has no data set of {kind}; expected folders with test/nshards.txt "
+            f"(found {counted(len(data_sets), 'other data set')})"
+        )
+    return {name: _folder_job(name, folder, spec) for name, folder in sorted(selected.items())}
+
+
+def _folder_job(name: str, folder: Path, spec: SuiteSpec) -> _Job:
+    return _Job(
+        stamp=folder_stamp(folder),
+        measure=lambda models: measure_folder(name, folder, models.triple, spec.device),
+    )
+
+
+def _built_job(name: str, data_root: Path, spec: SuiteSpec) -> _Job:
+    return _Job(
+        stamp=folder_stamp(data_root / name.partition("/")[0].partition("@")[0]),
+        measure=lambda models: measure_built(name, data_root, models.triple, spec.device),
+    )
+
+
+def _mteb_job(name: str, task: Any, data_root: Path | None) -> _Job:
+    folder = local_folder(task, data_root)
+    return _Job(
+        stamp="" if folder is None else folder_stamp(folder),
+        measure=lambda models: measure_task(name, task, models.mteb, folder),
+    )
 
 
 def _row(value: Mapping[str, Any]) -> SuiteRow:
@@ -201,13 +242,17 @@ def _row(value: Mapping[str, Any]) -> SuiteRow:
     return SuiteRow(**{**value, "intervals": intervals})
 
 
-def _report(suite: str, rows: Mapping[str, SuiteRow]) -> SuiteReport:
+def _report(
+    suite: str,
+    rows: Mapping[str, SuiteRow],
+    failed: Mapping[str, str] | None = None,
+) -> SuiteReport:
     if suite != "datacomp-38":
-        return SuiteReport(suite=suite, rows=tuple(rows.values()), missing=(), main_score=None)
+        return SuiteReport(suite=suite, rows=tuple(rows.values()), failed=failed or {})
     scores = {}
     for name, row in rows.items():
         main = DATACOMP[name].main_metric
-        if main in OURS:
+        if main in OURS and main in row.metrics:
             scores[name] = row.metrics[main]
     missing = [task.name for name, task in DATACOMP.items() if name not in scores]
     return SuiteReport(
@@ -215,100 +260,15 @@ def _report(suite: str, rows: Mapping[str, SuiteRow]) -> SuiteReport:
         rows=tuple(rows.values()),
         missing=tuple(missing),
         main_score=math.fsum(scores.values()) / len(scores) if scores else None,
+        failed=failed or {},
     )
 
 
-def _measure(name: str, folder: Path, triple: OpenClipTriple, device: str) -> SuiteRow:
-    """Measure one data set by clip_benchmark's own functions."""
-    from clip_benchmark.datasets.builder import build_wds_dataset
-
-    model, preprocess, tokenizer = triple
-    data_set = build_wds_dataset(name, preprocess, split="test", data_dir=str(folder))
-    loader: Any = torch.utils.data.DataLoader(
-        data_set.batched(BATCH),
-        batch_size=None,
-        num_workers=0,
-    )
-    counted_loader = _Counted(loader, data_set)
-    if data_set.classes is None:
-        from clip_benchmark.metrics import zeroshot_retrieval
-
-        metrics = zeroshot_retrieval.evaluate(
-            model,
-            counted_loader,
-            tokenizer,
-            device,
-            amp=False,
-            recall_k_list=list(KS),
-        )
-        two_recalls = (metrics["image_retrieval_recall@1"], metrics["text_retrieval_recall@1"])
-        metrics["mean_recall@1"] = sum(two_recalls) / 2
-    else:
-        from clip_benchmark.metrics import zeroshot_classification
-
-        with _any_numpy(zeroshot_classification):
-            metrics = zeroshot_classification.evaluate(
-                model,
-                counted_loader,
-                tokenizer,
-                data_set.classes,
-                data_set.templates,
-                device,
-                amp=False,
-            )
-    n_images = counted_loader.n_images
-    # With fewer than five classes there is no top-5 accuracy, which is then NaN.
-    shares = {key: float(value) for key, value in metrics.items() if not math.isnan(value)}
-    task = DATACOMP.get(name)
-    return SuiteRow(
-        data_set=name,
-        title=task.name if task else name,
-        metrics=shares,
-        intervals={key: _interval(value, n_images) for key, value in shares.items()},
-        n_images=n_images,
-        main_metric=task.main_metric if task else None,
-    )
-
-
-class _Counted:
-    """Count the images that a loader gives."""
-
-    def __init__(self, loader: Any, dataset: Any) -> None:
-        self.loader = loader
-        # clip_benchmark reads the names of the classes from it.
-        self.dataset = dataset
-        self.n_images = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.loader:
-            self.n_images += len(batch[0])
-            yield batch
-
-
-def _interval(share: float, n_images: int) -> tuple[float, float]:
-    low, high = accuracy_interval(100 * share, n_images)
-    return low / 100, high / 100
-
-
-@contextmanager
-def _any_numpy(module: Any) -> Iterator[None]:
-    """Replace clip_benchmark's accuracy, which numpy 2.4 refuses.
-
-    Version 1.6.2 converts an array of one element by `float`, which numpy allows for arrays without
-    axes only. The figures are the same.
-    """
-    original = module.accuracy
-
-    def accuracy(output: Tensor, target: Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
-        best = output.topk(max(topk), dim=1).indices
-        hits = best == target.view(-1, 1)
-        return [float(hits[:, :k].any(dim=1).double().mean()) for k in topk]
-
-    module.accuracy = accuracy
+def _lines(path: Path) -> list[str]:
     try:
-        yield
-    finally:
-        module.accuracy = original
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise OptionError(f"--suite {path}: expected a text file, found other bytes") from None
 
 
 def _read(path: Path, digest: str) -> dict[str, Any]:
@@ -322,11 +282,3 @@ def _read(path: Path, digest: str) -> dict[str, Any]:
 def _write(path: Path, digest: str, results: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps({"run": digest, "results": dict(results)}, indent=1))
-
-
-def _require_library() -> None:
-    for module in ("clip_benchmark", "webdataset"):
-        try:
-            __import__(module)
-        except ImportError:
-            raise MissingExtraError(module, "zero-shot") from None

@@ -26,6 +26,7 @@ class OpenClipModel(nn.Module):
         self.visual = model.image
         self.text = model.text
         self.pad_id = model.text.encoder.pad_id
+        self.least_columns = model.text.encoder.length or 1
         self.logit_scale = nn.Parameter(torch.tensor(math.log(model.run.scale)))
         self.requires_grad_(False)
 
@@ -44,6 +45,10 @@ class OpenClipModel(nn.Module):
         del normalize
         ids = text.to(self.text.encoder.device)
         mask = (ids != PADDING).long()
+        # The tokenizer pads to the context; most of it would be computed for nothing.
+        n_columns = max(self.least_columns, int(mask.sum(1).max()) if len(mask) else 0)
+        ids = ids[:, :n_columns]
+        mask = mask[:, :n_columns]
         embedded: Tensor = self.text(ids.masked_fill(mask == 0, self.pad_id), mask).float()
         return embedded
 

@@ -4,6 +4,7 @@ All modules are the library's own: per side encoder, pooling and the head, then 
 router sends texts and images to their side.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +29,8 @@ from apecache.export.whole_model import WholeModel
 
 TEXT_POOLINGS = {"mean": "mean", "cls": "cls", "max": "max", "last": "lasttoken"}
 """Poolings that sentence-transformers has, and their names there."""
-PROMPT_NAME = "apecache"
+PROMPT_NAMES = ("query", "document")
+"""One prompt under both: `encode_query` and `encode_document` would put nothing before a text."""
 # Where nothing is said, the library asks whether it may run a repository's code.
 NO_CODE = {"trust_remote_code": False}
 
@@ -73,6 +75,19 @@ def write_sentence_transformers(model: WholeModel, out: Path, text_only: bool = 
             create_model_card=False,
         )
         _write_timm_config(model.image.encoder, out)
+    _write_modalities(out)
+
+
+def _write_modalities(out: Path) -> None:
+    """Name both modalities at the top of the folder, where mteb looks for them on a hub.
+
+    sentence-transformers reads this file in the folders of the sides alone.
+    """
+    sides = {}
+    for path in sorted(out.glob("*/sentence_bert_config.json")):
+        sides.update(json.loads(path.read_text(encoding="utf-8"))["modality_config"])
+    content = json.dumps({"modality_config": sides}, indent=4)
+    (out / "sentence_bert_config.json").write_text(content + "\n", encoding="utf-8")
 
 
 def _write_timm_config(encoder: ImageEncoder, out: Path) -> None:
@@ -113,7 +128,10 @@ def _assemble(library: Any, modules: list[nn.Module], encoder: TextEncoder) -> L
     prefix = _prefix(encoder)
     prompts: dict[str, Any] = {}
     if prefix:
-        prompts = {"prompts": {PROMPT_NAME: prefix}, "default_prompt_name": PROMPT_NAME}
+        prompts = {
+            "prompts": dict.fromkeys(PROMPT_NAMES, prefix),
+            "default_prompt_name": PROMPT_NAMES[0],
+        }
     return library(modules=modules, device="cpu", **prompts)
 
 

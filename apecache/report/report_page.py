@@ -17,7 +17,8 @@ from apecache.data.media import Media, NoMedia
 from apecache.data.recorded import recorded_media
 from apecache.errors import DataError
 from apecache.evaluate.embeddings import Embeddings, embed_store
-from apecache.export.benchmark_suite import DATACOMP, read_suites
+from apecache.export.benchmark_suite import read_suites
+from apecache.export.datacomp import DATACOMP
 from apecache.metrics.protocols import RecallIntervals, measure_retrieval
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.metrics.statistics import RetrievalHits
@@ -254,16 +255,14 @@ def suite_tables(paths: Mapping[str, Path]) -> list[Table]:
     for name, path in paths.items():
         for report in read_suites(path):
             for row in report.rows:
-                metric = row.main_metric
-                if metric is None or metric not in row.metrics:
-                    metric = next(iter(row.metrics))
-                low, high = row.intervals[metric]
+                metric = row.shown
+                span = row.intervals.get(metric)
                 cells = (
                     name,
-                    row.title,
+                    f"{row.title} ({row.source})" if row.source else row.title,
                     metric,
                     100 * row.metrics[metric],
-                    ends(100 * low, 100 * high),
+                    ends(100 * span[0], 100 * span[1]) if span else "",
                 )
                 rows.setdefault(report.suite, []).append((*cells, row.n_images))
             if report.main_score is not None:

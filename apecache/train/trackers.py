@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from apecache.errors import MissingExtraError, OptionError, nearest
 from apecache.fingerprint import Json
-from apecache.train.tracking import log_to_tensorboard, scalars_of
+from apecache.train.tracking import log_scalars, log_to_tensorboard, scalars_of
 
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 TRACKERS: tuple[TrackerName, ...] = get_args(TrackerName)
@@ -75,14 +75,14 @@ def track_sweep(text: str, name: str) -> Iterator[Callable[[int, Mapping[str, fl
     """Give a function that logs each trial of a sweep: its number and its figures.
 
     Raises:
-        OptionError: as `parse_tracker`, or TensorBoard, whose curves are those of fits.
+        OptionError: as `parse_tracker`.
         MissingExtraError: the library is not installed.
     """
     tracker, project = parse_tracker(text)
     if tracker == "tensorboard":
-        raise OptionError(
-            "--track tensorboard shows curves of fits, and a sweep has none; choose another tracker"
-        )
+        with log_scalars(project) as log_trial:
+            yield log_trial
+        return
     with _opened(tracker, project, name, {}) as log:
         yield log
 

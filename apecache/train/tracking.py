@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,24 @@ def log_to_tensorboard(folder: AnyPath) -> Iterator[FitProgress]:
         MissingExtraError: TensorBoard is not installed.
         RunError: `folder` is a file, or on object storage.
     """
+    with log_scalars(folder) as log:
+        yield lambda line: log(line["step"], scalars_of(line))
+
+
+@contextmanager
+def log_scalars(folder: AnyPath) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """Return a function that writes the scalars of a step, by tag, as events.
+
+    Each step is on disk before the function returns. Events of later steps in the same folder are
+    no longer shown. The folder is made with the first step.
+
+    Args:
+        folder: Folder of events.
+
+    Raises:
+        MissingExtraError: TensorBoard is not installed.
+        RunError: `folder` is a file, or on object storage.
+    """
     folder = as_path(folder, "folder")
     require_local(folder, "folder of events")
     if folder.exists() and not folder.is_dir():
@@ -40,11 +58,11 @@ def log_to_tensorboard(folder: AnyPath) -> Iterator[FitProgress]:
     with ExitStack() as stack:
         opened: list[_EventFile] = []
 
-        def log(line: dict[str, Any]) -> None:
-            # The file needs the first step, which is known with the first line.
+        def log(step: int, scalars: Mapping[str, float]) -> None:
+            # The file needs the first step, which is known with the first call.
             if not opened:
-                opened.append(stack.enter_context(closing(_EventFile(folder, line["step"]))))
-            opened[0].add(line["step"], scalars_of(line))
+                opened.append(stack.enter_context(closing(_EventFile(folder, step))))
+            opened[0].add(step, scalars)
 
         yield log
 

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 import apecache
 from apecache.errors import DataError, OptionError
 from apecache.export import benchmark_suite
-from apecache.export.benchmark_suite import DATACOMP, find_data_sets, read_suites, run_suite
+from apecache.export.benchmark_suite import read_suites, run_suite, suite_names
+from apecache.export.clip_benchmark_sets import find_data_sets
+from apecache.export.datacomp import DATACOMP
 from apecache.export.open_clip_triple import open_clip_triple
 from apecache.metrics.retrieval import retrieval_report
 from benchmarks.small_encoders import build_run
@@ -138,8 +140,12 @@ def test_names_come_from_folders_and_faults_are_named(run: Path, tmp_path: Path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no data set of datacomp-38"):
         run_suite(run, "datacomp-38", tmp_path / "empty")
-    with pytest.raises(OptionError, match="expected one of clip-benchmark, datacomp-38"):
+    with pytest.raises(OptionError, match="expected clip-benchmark, clip-benchmark:NAME,…"):
         run_suite(run, "clip-bench", tmp_path)
+    with pytest.raises(OptionError, match="--data-root is missing"):
+        run_suite(run, "clip-benchmark", None)
+    with pytest.raises(OptionError, match="expected a folder, found none"):
+        run_suite(run, "clip-benchmark", tmp_path / "none")
     write_wds(tmp_path / "vtab" / "dtd", retrieval=False)
     assert list(find_data_sets(tmp_path)) == ["vtab/dtd"]
 
@@ -175,3 +181,99 @@ def test_clip_benchmark_runs_unchanged_on_the_triple(run: Path, data_root: Path)
     loader = torch.utils.data.DataLoader(data_set.batched(5), batch_size=None)
     found = zeroshot_retrieval.evaluate(model, loader, tokenizer, "cpu", amp=False)
     assert set(found) == {"image_retrieval_recall@5", "text_retrieval_recall@5"}
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """Data sets in the layout of their publishers, of the 12 drawings."""
+    root = tmp_path / "published"
+    images = root / "sugar_crepe" / "val2017"
+    images.mkdir(parents=True)
+    choices = {}
+    for number, (label, image, captions) in enumerate(samples()):
+        image.save(images / f"{number}.png")
+        wrong = f"drawing of a {CLASSES[(label + 1) % len(CLASSES)]}"
+        choices[str(number)] = {
+            "filename": f"{number}.png",
+            "caption": captions[0],
+            "negative_caption": wrong,
+        }
+    (root / "sugar_crepe" / "swap_att.json").write_text(json.dumps(choices))
+    paths = [str(images / f"{number}.png") for number in range(12)]
+    captions_de = {"image_paths": paths, "annotations": [c[0] for _, _, c in samples()]}
+    (root / "crossmodal3600").mkdir()
+    captions_file = root / "crossmodal3600" / "crossmodal3600_captions-de.json"
+    captions_file.write_text(json.dumps(captions_de))
+    return root
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_data_sets_that_clip_benchmark_builds(run: Path, published: Path) -> None:
+    """SugarCrepe asks for the right one of two captions; Crossmodal-3600 has languages."""
+    suite = "clip-benchmark:sugar_crepe/swap_att,crossmodal3600@de,winoground,sugar_crepe/add_obj"
+    report = run_suite(run, suite, published)
+    rows = {row.data_set: row for row in report.rows}
+    assert set(rows) == {"sugar_crepe/swap_att", "crossmodal3600@de"}
+    assert "winoground is missing" in report.failed["winoground"]
+    assert "would start wget" in report.failed["sugar_crepe/add_obj"]
+    model = apecache.load(run, device="cpu")
+    image = torch.from_numpy(model.encode_image([image for _, image, _ in samples()]))
+    choices = json.loads((published / "sugar_crepe" / "swap_att.json").read_text()).values()
+    right = torch.from_numpy(model.encode_text([choice["caption"] for choice in choices]))
+    wrong = torch.from_numpy(model.encode_text([choice["negative_caption"] for choice in choices]))
+    accuracy = float(((image * right).sum(1) > (image * wrong).sum(1)).double().mean())
+    assert rows["sugar_crepe/swap_att"].metrics["text_acc"] == pytest.approx(accuracy)
+    ours = retrieval_report(image, right, torch.arange(12))
+    found = rows["crossmodal3600@de"].metrics["image_retrieval_recall@1"]
+    assert 100 * found == pytest.approx(ours.text_to_image[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_stand_in_is_named_and_changed_files_are_measured_again(
+    run: Path,
+    data_root: Path,
+) -> None:
+    (data_root / "wds_cifar10" / "source.txt").write_text("drawings, not CIFAR\nmore\n")
+    measured: list[str] = []
+    report = run_suite(run, "datacomp-38", data_root, progress=measured.append)
+    assert {row.title: row.source for row in report.rows}["CIFAR-10"] == "drawings, not CIFAR"
+    assert "cifar10" in measured
+    classes = data_root / "wds_cifar10" / "classnames.txt"
+    classes.write_text(classes.read_text().replace("red circle", "crimson circle"))
+    measured.clear()
+    run_suite(run, "datacomp-38", data_root, progress=measured.append)
+    assert measured == ["cifar10"]
+
+
+def test_a_file_lists_suites(tmp_path: Path) -> None:
+    path = tmp_path / "suites.txt"
+    path.write_text("# ours\nclip-benchmark\n\nmteb:CIFAR10ZeroShot  # one task\n")
+    assert suite_names(str(path)) == ("clip-benchmark", "mteb:CIFAR10ZeroShot")
+    assert suite_names("datacomp-38") == ("datacomp-38",)
+    path.write_text("clip-bench\n")
+    with pytest.raises(OptionError, match="found clip-bench"):
+        suite_names(str(path))
+    with pytest.raises(OptionError, match=r"did you mean .?datacomp-38|datacomp-38"):
+        suite_names("datacomp38")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data-root", "."], "--data-root has no effect without --suite"),
+        (["--suite", "datacomp-38", "--data-root", ".", "--task", "probe"], "--task probe has no"),
+        (["--suite", "datacomp-38", "--data-root", ".", "--csls"], "--csls has no effect with"),
+        (["--suite", "datacomp-38", "--data-root", ".", "--split", "x"], "--split has no effect"),
+        (["--suite", "datacomp-38:x", "--data-root", "."], "expected clip-benchmark"),
+        (["--suite", "mteb:", "--data-root", "."], "expected clip-benchmark"),
+        (["--suite", "mteb"], "expected clip-benchmark"),
+    ],
+)
+def test_options_that_a_suite_ignores_are_refused(
+    tiny_run: Path,
+    options: list[str],
+    message: str,
+) -> None:
+    result = CliRunner().invoke(app, ["evaluate", str(tiny_run), *options])
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())

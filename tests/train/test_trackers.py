@@ -35,8 +35,17 @@ def test_trackers_are_parsed_and_settings_are_flat() -> None:
         "loss.temperature": "0.07",
         "name": "projection",
     }
-    with pytest.raises(OptionError, match="a sweep has none"), track_sweep("tensorboard=x", "y"):
-        pass
+
+
+def test_a_sweep_has_a_point_for_each_trial(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with track_sweep(f"tensorboard={tmp_path / 'events'}", "sweep") as log:
+        log(0, {"dev/mean_recall": 2.5})
+        log(3, {"dev/mean_recall": 4.5})
+    found = EventAccumulator(str(tmp_path / "events")).Reload().Scalars("dev/mean_recall")
+    assert [(each.step, each.value) for each in found] == [(0, 2.5), (3, 4.5)]
 
 
 @pytest.fixture
