@@ -86,7 +86,7 @@ def fit_towers(store: apecache.FeatureStore, recipe: str, options: argparse.Name
 
 
 def result_table(store: apecache.FeatureStore, runs: dict[str, Path]) -> list[str]:
-    """Return the lines of a Markdown table: what trained, and the difference to the heads on val."""
+    """Return the lines of a Markdown table: what trained, and recall less that of the heads."""
     lines = [
         f"| recipe | trained parameters | {METRIC} | less {HEADS} (95 % interval) | p |",
         "|---|---|---|---|---|",
