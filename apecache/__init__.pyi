@@ -43,6 +43,7 @@ from .metrics.retrieval import RetrievalReport as RetrievalReport
 from .metrics.retrieval import retrieval_report as retrieval_report
 from .plan.counting import PlanSpec as PlanSpec
 from .plan.plan import Plan as Plan
+from .progress import progress_bar as progress_bar
 from .recipes.recipe import Recipe as Recipe
 from .recipes.recipe import load_recipe as load_recipe
 from .report.report_page import ReportSpec as ReportSpec
@@ -157,6 +158,7 @@ __all__ = [
     "parse_encoder",
     "plan_extraction",
     "probe",
+    "progress_bar",
     "read_class_names",
     "register_head",
     "register_loss",
