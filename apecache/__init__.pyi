@@ -83,6 +83,7 @@ from .train.fit_encoder import fit_encoder as fit_encoder
 from .train.fit_head import FitReport as FitReport
 from .train.fit_head import fit_head as fit_head
 from .train.head_data import FitSpec as FitSpec
+from .train.pair_dataset import PairDataset as PairDataset
 from .train.tracking import log_to_tensorboard as log_to_tensorboard
 
 __all__ = [
@@ -108,6 +109,7 @@ __all__ = [
     "MetricDifference",
     "OpenSpec",
     "Pair",
+    "PairDataset",
     "PairSource",
     "Plan",
     "PlanSpec",

@@ -113,7 +113,7 @@ def embed_store(
     require_type(store, FeatureStore, "store")
     _require_run(run)
     pairs = store.pairs
-    in_split = _split_mask(store, split) if among is None else among
+    in_split = split_mask(store, split) if among is None else among
     image_ok = _usable(run.image, store, "image")
     text_ok = _usable_texts(run.text, store, uncaptioned)
     usable_images = image_ok & in_split
@@ -336,7 +336,7 @@ def find_features(
     raise AssertionError("unreachable: the digests differ")
 
 
-def _split_mask(store: FeatureStore, split: str | None) -> NDArray[np.bool_]:
+def split_mask(store: FeatureStore, split: str | None) -> NDArray[np.bool_]:
     """Return bool [n_images]: the images of the split."""
     splits = store.pairs.splits
     if split is None:
