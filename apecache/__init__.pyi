@@ -5,6 +5,7 @@ from .data.pairs import Pair as Pair
 from .data.pairs import PairSource as PairSource
 from .data.sources import open_pairs as open_pairs
 from .data.spec import OpenSpec as OpenSpec
+from .encoders.packaged import write_packaged_encoders as write_packaged_encoders
 from .encoders.spec import EncoderSpec as EncoderSpec
 from .encoders.spec import parse_encoder as parse_encoder
 from .encoders.tower import Tower as Tower
@@ -54,6 +55,7 @@ from .report.sweep_page import sweep_page as sweep_page
 from .runs.encoders import TrainedEncoders as TrainedEncoders
 from .runs.encoders import load_encoders as load_encoders
 from .runs.ensemble import ensemble_heads as ensemble_heads
+from .runs.folder import read_history as read_history
 from .runs.heads import TrainedHeads as TrainedHeads
 from .runs.heads import load_heads as load_heads
 from .runs.heads import save_heads as save_heads
@@ -162,6 +164,7 @@ __all__ = [
     "probe",
     "progress_bar",
     "read_class_names",
+    "read_history",
     "register_head",
     "register_loss",
     "report_page",
@@ -173,5 +176,6 @@ __all__ = [
     "sweep_on_ray",
     "sweep_page",
     "update_index",
+    "write_packaged_encoders",
     "zero_shot",
 ]

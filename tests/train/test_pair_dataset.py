@@ -55,5 +55,5 @@ def test_what_could_not_be_encoded_is_left_out(grown: Grown) -> None:
 
 
 def test_an_unknown_split_is_refused_by_name(tiny_store: Path) -> None:
-    with pytest.raises(apecache.ApecacheError, match="no split 'tarin'.*train"):
+    with pytest.raises(apecache.ApecacheError, match=r"no split 'tarin'.*train"):
         PairDataset(apecache.FeatureStore.open(tiny_store), "tarin")
