@@ -63,7 +63,7 @@ def test_a_fit_logs_every_epoch_and_the_best(
     assert any(f"fitting projection in {tmp_path / 'run'}: 8 images, 4 on dev" in x for x in logged)
     epochs = [line for line in logged if line.startswith("epoch ")]
     assert [line.split(":")[0] for line in epochs] == ["epoch 0", "epoch 1", "epoch 2"]
-    assert "before training" in epochs[0]
+    assert "no step" in epochs[0]
     assert "of 2, " in logged[-1]
     # The dev split is small, which the command line shows as a warning too.
     assert any("dev" in line for line in stages(caplog, logging.WARNING))

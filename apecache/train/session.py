@@ -136,8 +136,8 @@ def _logger(folder: RunFolder) -> FitProgress:
 
 
 def _log_epoch(line: Mapping[str, Any]) -> None:
-    """Log a line of the history. Epoch 0, the model before training, has no loss."""
-    loss = "before training" if line["loss"] is None else f"loss {line['loss']:.4f}"
+    """Log a line of the history. Epoch 0, before training or of a closed form, has no loss."""
+    loss = "no step" if line["loss"] is None else f"loss {line['loss']:.4f}"
     recall = line["dev"]["mean_recall"]
     logger.info("epoch %d: %s, mean recall on dev %.1f %%", line["epoch"], loss, recall)
 
