@@ -5,6 +5,7 @@ from .data.pairs import Pair as Pair
 from .data.pairs import PairSource as PairSource
 from .data.sources import open_pairs as open_pairs
 from .data.spec import OpenSpec as OpenSpec
+from .encoders.packaged import write_packaged_encoders as write_packaged_encoders
 from .encoders.spec import EncoderSpec as EncoderSpec
 from .encoders.spec import parse_encoder as parse_encoder
 from .encoders.tower import Tower as Tower
@@ -44,6 +45,7 @@ from .metrics.retrieval import RetrievalReport as RetrievalReport
 from .metrics.retrieval import retrieval_report as retrieval_report
 from .plan.counting import PlanSpec as PlanSpec
 from .plan.plan import Plan as Plan
+from .progress import progress_bar as progress_bar
 from .recipes.recipe import Recipe as Recipe
 from .recipes.recipe import load_recipe as load_recipe
 from .report.report_page import ReportSpec as ReportSpec
@@ -54,6 +56,7 @@ from .report.sweep_page import sweep_page as sweep_page
 from .runs.encoders import TrainedEncoders as TrainedEncoders
 from .runs.encoders import load_encoders as load_encoders
 from .runs.ensemble import ensemble_heads as ensemble_heads
+from .runs.folder import read_history as read_history
 from .runs.heads import TrainedHeads as TrainedHeads
 from .runs.heads import load_heads as load_heads
 from .runs.heads import save_heads as save_heads
@@ -83,6 +86,7 @@ from .train.fit_encoder import fit_encoder as fit_encoder
 from .train.fit_head import FitReport as FitReport
 from .train.fit_head import fit_head as fit_head
 from .train.head_data import FitSpec as FitSpec
+from .train.pair_dataset import PairDataset as PairDataset
 from .train.tracking import log_to_tensorboard as log_to_tensorboard
 
 __all__ = [
@@ -108,6 +112,7 @@ __all__ = [
     "MetricDifference",
     "OpenSpec",
     "Pair",
+    "PairDataset",
     "PairSource",
     "Plan",
     "PlanSpec",
@@ -159,7 +164,9 @@ __all__ = [
     "parse_encoder",
     "plan_extraction",
     "probe",
+    "progress_bar",
     "read_class_names",
+    "read_history",
     "register_head",
     "register_loss",
     "report_page",
@@ -171,5 +178,6 @@ __all__ = [
     "sweep_on_ray",
     "sweep_page",
     "update_index",
+    "write_packaged_encoders",
     "zero_shot",
 ]

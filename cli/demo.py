@@ -14,6 +14,7 @@ from .option_groups import Json, Overwrite
 from .terminal import ending, show_json, show_table
 
 RECIPES = ("ape", "projection")  # the last one is indexed and shown
+NEXT_RECIPE = "cca"  # a closed form, which takes seconds
 TEMPLATES = ("a drawing of {}", "{}")
 DEMO_FOLDER = Path("apecache-demo")
 ENCODERS = "encoders"
@@ -51,10 +52,31 @@ def demo(
         page = write_report(out, folder, results)
         seconds = time.perf_counter() - begin
         if json:
-            show_json({"results": results, "page": str(page), "seconds": seconds})
+            show_json(
+                {
+                    "results": results,
+                    "page": str(page),
+                    "seconds": seconds,
+                    "try_next": next_commands(out),
+                }
+            )
         else:
             show_results(results)
-            typer.echo(f"Page with curves and pictures: {page}    ({seconds:.0f} s in total)")
+            typer.echo(f"Done in {seconds:.0f} s. Page with curves and pictures: {page}")
+            typer.echo("Try next:")
+            for command in next_commands(out):
+                typer.echo(f"  {command}")
+
+
+def next_commands(out: Path) -> list[str]:
+    """Return three commands that work on the files of the demo."""
+    runs = [out / f"run-{recipe}" for recipe in RECIPES]
+    commands: tuple[tuple[object, ...], ...] = (
+        ("search", out / INDEX, "something with wheels"),
+        ("compare", *runs, "--store", out / STORE, "--split", "val"),
+        ("fit-head", out / STORE, "--recipe", NEXT_RECIPE, "--out", out / f"run-{NEXT_RECIPE}"),
+    )
+    return [shlex.join(["apecache", *map(str, command)]) for command in commands]
 
 
 def is_unfinished(out: Path) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,8 +155,9 @@ def show_head_fit(report: "FitReport", out: str, json: bool) -> None:
         *(f"t2i R@{k}" for k in dev.text_to_image),
     )
     total_names = ("train images", "dev images", "negatives", "parameters", "seconds")
+    best = f"best epoch on dev: {report.best_epoch} of {report.n_epochs}"
     show_table(
-        f"{out}: best epoch on dev: {report.best_epoch} of {report.n_epochs}",
+        f"{out}: {best if report.n_epochs else 'closed form, without epochs'}",
         ("", *total_names, *recall_names),
         [("dev", *totals, *recalls), ("chance", *[""] * len(totals), *chance)],
     )
@@ -427,8 +429,10 @@ def epoch_display(
     trackers = list(ledger.track or ())
     if ledger.tensorboard is not None:
         trackers.append(f"tensorboard={ledger.tensorboard}")
+    # A closed form has no step: its heads are finished at epoch 0.
+    show = partial(show_epoch, at_first="before training" if recipe.has_steps else "closed form")
     if not trackers:
-        yield show_epoch
+        yield show
         return
     from apecache.train.trackers import parse_tracker, track_fit
 
@@ -444,16 +448,21 @@ def epoch_display(
         ]
 
         def show_and_log(line: dict[str, Any]) -> None:
-            show_epoch(line)
+            show(line)
             for log in logs:
                 log(line)
 
         yield show_and_log
 
 
-def show_epoch(line: dict[str, Any]) -> None:
-    """Show an epoch on standard error, with chance beside its recall."""
-    loss = "untrained" if line["loss"] is None else f"loss {line['loss']:.4f}"
+def show_epoch(line: dict[str, Any], at_first: str) -> None:
+    """Show an epoch on standard error, with chance beside its recall.
+
+    Args:
+        line: A line of the history.
+        at_first: What stands in place of the loss at epoch 0, which has none.
+    """
+    loss = at_first if line["loss"] is None else f"loss {line['loss']:.4f}"
     dev = line["dev"]
     recall = f"dev mean recall {dev['mean_recall']:.1f} (chance {dev['chance']:.1f})"
     if "map_at_r" in dev:

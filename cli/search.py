@@ -370,8 +370,8 @@ def search(
                 typer.echo("nothing found")
             elif threshold is not None and not csls and hits[0].score < threshold:
                 typer.echo(
-                    f"The best result scores below {threshold:.3f}, as chance does in 95 % of "
-                    "queries without an answer: perhaps the index has none."
+                    f"The index may have no answer: the best result scores {hits[0].score:.3f}. "
+                    f"Of queries without an answer, 95 % score below {threshold:.3f}."
                 )
 
 

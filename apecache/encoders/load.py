@@ -5,6 +5,7 @@ A library is imported only when one of its encoders is asked for. To add a libra
 below. For towers that train, see `encoders.module_map` too.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,8 @@ from apecache.encoders.preprocess import Preprocess
 from apecache.encoders.spec import EncoderSpec, frozen_only
 from apecache.encoders.tower import Tower, build_tower
 from apecache.errors import EncoderError
+
+logger = logging.getLogger(__name__)
 
 
 def load_image_encoder(spec: EncoderSpec, device: str = "auto") -> ImageEncoder:
@@ -60,6 +63,7 @@ def load_image_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> l
     torch_device = resolve_device(device)
     loaded: dict[EncoderSpec, ImageEncoder] = {}
     for cuts in _by_model(specs):
+        logger.info("loading %s on %s", ", ".join(map(str, cuts)), torch_device)
         match cuts[0].library:
             case "timm":
                 from apecache.encoders.from_timm import load_timm
@@ -89,6 +93,7 @@ def load_text_encoders(specs: Sequence[EncoderSpec], device: str = "auto") -> li
     torch_device = resolve_device(device)
     loaded: dict[EncoderSpec, TextEncoder] = {}
     for cuts in _by_model(specs):
+        logger.info("loading %s on %s", ", ".join(map(str, cuts)), torch_device)
         match cuts[0].library:
             case "open_clip":
                 from apecache.encoders.from_open_clip import load_open_clip_text

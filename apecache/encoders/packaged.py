@@ -10,6 +10,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from apecache.arguments import AnyPath, as_path
 from apecache.errors import MissingExtraError
 from apecache.storage.replace import replace_tensors, replace_text
 
@@ -35,7 +36,7 @@ PRETRAINED_CONFIG = {
 to .78."""
 
 
-def write_packaged_encoders(folder: Path) -> tuple[Path, Path]:
+def write_packaged_encoders(folder: AnyPath) -> tuple[Path, Path]:
     """Write `folder/efficientnet-lite0` and `folder/minilm-l6` unless they exist.
 
     Returns:
@@ -44,6 +45,7 @@ def write_packaged_encoders(folder: Path) -> tuple[Path, Path]:
     Raises:
         MissingExtraError: the packages of the extra `demo` are not installed.
     """
+    folder = as_path(folder, "folder")
     image = folder / "efficientnet-lite0"
     text = folder / "minilm-l6"
     if not (image / CONFIG).is_file():

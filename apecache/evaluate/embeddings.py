@@ -1,5 +1,6 @@
 """Embed a store's images and captions with a run."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ from apecache.store.array import FeatureArray
 from apecache.store.equal import equal_images
 from apecache.store.joined import join_arrays
 from apecache.store.reader import FeatureStore
+
+logger = logging.getLogger(__name__)
 
 OpenImage = Callable[[str], Picture]
 """Key of the pair table -> picture, in any form that `open_picture` takes; raises RowError."""
@@ -110,7 +113,7 @@ def embed_store(
     require_type(store, FeatureStore, "store")
     _require_run(run)
     pairs = store.pairs
-    in_split = _split_mask(store, split) if among is None else among
+    in_split = split_mask(store, split) if among is None else among
     image_ok = _usable(run.image, store, "image")
     text_ok = _usable_texts(run.text, store, uncaptioned)
     usable_images = image_ok & in_split
@@ -120,6 +123,7 @@ def embed_store(
     if not len(images):
         lacking = "image that could be read" if uncaptioned else "image with a caption"
         raise DataError(f"{store.path}: split {split!r} has no {lacking}")
+    logger.info("embedding %d images and %d captions of %s", len(images), len(texts), store.path)
     # `images` is sorted, so the search gives the position of each caption's image in it.
     owners = torch.from_numpy(np.searchsorted(images, pairs.image_rows[texts]))
     image = embed_rows(run.image, store=store, modality="image", rows=images, open_image=open_image)
@@ -332,7 +336,7 @@ def find_features(
     raise AssertionError("unreachable: the digests differ")
 
 
-def _split_mask(store: FeatureStore, split: str | None) -> NDArray[np.bool_]:
+def split_mask(store: FeatureStore, split: str | None) -> NDArray[np.bool_]:
     """Return bool [n_images]: the images of the split."""
     splits = store.pairs.splits
     if split is None:

@@ -1,5 +1,6 @@
 """Report what an extraction did, and judge whether the store is good enough."""
 
+import logging
 import math
 import time
 from collections import Counter
@@ -15,6 +16,8 @@ from apecache.extraction.table_plan import TablePlan
 from apecache.fingerprint import Modality
 from apecache.store.layout import ArrayLayout
 from apecache.store.reader import FeatureStore
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +163,7 @@ def judge(
     duplicates = _duplicates(opened, reports) if complete else 0
     if complete:
         _require_few_bad(reports, spec.max_bad)
+    _log_reports(reports, share_done)
     return ExtractReport(
         store=plan.files.place,
         arrays=tuple(reports),
@@ -192,6 +196,27 @@ def _report(store: FeatureStore, total: ModalityCounts, name: str) -> ArrayRepor
         seconds=tally.seconds,
         n_bytes=tally.n_bytes,
     )
+
+
+def _log_reports(reports: Iterable[ArrayReport], share_done: float) -> None:
+    """Log what this run encoded, and a warning for each array with unreadable rows."""
+    for report in reports:
+        array_name = f"{report.modality} features {report.name}"
+        logger.info(
+            "%s: %d rows encoded in %.1f s; the store has %.0f %% of all rows",
+            array_name,
+            report.n_encoded,
+            report.seconds,
+            100 * share_done,
+        )
+        if report.n_quarantined:
+            logger.warning(
+                "%s: %d of %d rows could not be encoded; the first: %s",
+                array_name,
+                report.n_quarantined,
+                report.rows,
+                report.examples[0],
+            )
 
 
 def _require_few_bad(reports: Iterable[ArrayReport], max_bad: float) -> None:

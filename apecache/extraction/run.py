@@ -4,6 +4,7 @@ The same table and encoder give the same bytes however often the run is killed (
 `apecache.extraction.encode`).
 """
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ __all__ = [
 ]
 
 
+logger = logging.getLogger(__name__)
+
 UNFINDABLE_SHARE = 0.5
 MOST_LOOKED_FOR = 256
 
@@ -94,6 +97,13 @@ def extract(
     store_path = as_place(store, "store")
     require_inputs(source, spec)
     files = open_files(store_path, spec.single_writer)
+    logger.info(
+        "extracting %s into %s: %d images, %d captions",
+        source.origin,
+        files.place,
+        len(source),
+        len(source.captions),
+    )
     spec = with_precision(source, files, spec)
     encoders = open_encoders(spec)
     begin = time.perf_counter()
@@ -376,8 +386,17 @@ def _run(
         progress(total.standing)
 
     n_part_rows = count_rows(job.layout, part_shards)
+    n_pending_rows = count_rows(job.layout, pending)
     total.elsewhere += job.layout.rows - n_part_rows
-    advance(n_part_rows - count_rows(job.layout, pending))
+    names = ", ".join(writer.record.name for writer in writers)
+    logger.info(
+        "%s features %s: encoding %d of %d rows",
+        total.modality,
+        names,
+        n_pending_rows,
+        n_part_rows,
+    )
+    advance(n_part_rows - n_pending_rows)
     begin = time.perf_counter()
     for shard, encoded in zip(pending, job.shards(pending, advance), strict=True):
         arrays = zip(writers, committed, encoded.features, strict=True)
@@ -386,6 +405,7 @@ def _run(
                 commit_shard(writer, shard, features, encoded, job)
                 count_shard(total.tallies[writer.record.name], encoded)
         total.n_bad += len(encoded.bad)
+        logger.debug("%s features %s: shard %d is committed", total.modality, names, shard)
         # No new row, but the progress shows the commit.
         advance(0)
     # Of several parts the one that ends last finds nothing pending, and seals.

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from apecache.arguments import AnyPath, as_path
 from apecache.errors import RunError, require_local, require_new
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.recipes.recipe import Recipe
@@ -97,12 +98,12 @@ def add_to_history(run: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-def read_history(run: Path) -> Iterator[dict[str, Any]]:
+def read_history(run: AnyPath) -> Iterator[dict[str, Any]]:
     """Read the lines of a run's history.
 
     Epoch 0, the model before training, comes first; its `loss` is None.
     """
-    for text in (run / HISTORY).read_text(encoding="utf-8").splitlines():
+    for text in (as_path(run, "run") / HISTORY).read_text(encoding="utf-8").splitlines():
         yield json.loads(text)
 
 

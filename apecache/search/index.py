@@ -10,6 +10,7 @@ INDEX/images.jsonl, texts.jsonl   keys and captions, in the order of the vectors
 """
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -49,6 +50,8 @@ from apecache.search.faiss_index import (
 from apecache.storage.replace import replace_text
 from apecache.store.reader import FeatureStore
 from apecache.store.table import PairTable
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 Part = Literal["images", "texts"]
@@ -293,6 +296,7 @@ def _write(
             "built": {modality: asdict(report) for modality, report in reports.items()},
         }
         replace_text(folder / "index.json", json.dumps(description, indent=1))
+    logger.info("index %s: %d images, %d captions", out, len(image_rows), len(text_rows))
     return IndexReport(
         index=out,
         **dimensions,

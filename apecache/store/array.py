@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from google_crc32c import extend as crc32c_extend
@@ -29,6 +29,9 @@ from apecache.store.layout import (
 from apecache.store.quantize import restore
 from apecache.store.records import CommitRecord, digest_commits, read_commits, read_record
 from apecache.store.writer import ArrayWriter
+
+if TYPE_CHECKING:
+    import torch
 
 QUARANTINE_TYPES = {"row": int, "key": str, "reason": str, "detail": str}
 """Fields of a line in a quarantine list."""
@@ -167,6 +170,23 @@ class FeatureArray:
             with _as_wide(segment_rows, array.row_shape) as buffer:
                 array.load(buffer, threads)
         return target
+
+    def tensor(self, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+        """Read all rows as a torch tensor on the CPU; `load` gives a NumPy array.
+
+        Args:
+            dtype: Type of the tensor; None: that of the store.
+
+        Returns:
+            [rows, *row_shape], not normalized; quarantined rows are NaN.
+
+        Raises:
+            IncompleteError, DamagedError: As `load` does.
+        """
+        # Only here: a store can be read without torch, which takes seconds to import.
+        import torch
+
+        return torch.from_numpy(self.load()).to(dtype)
 
     def load_shards(
         self,

@@ -1,5 +1,6 @@
 """Write the arrays of imported sides into every segment of a store, and describe them."""
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ from apecache.store.import_sides import NamedRows
 from apecache.store.import_spec import ImportSpec
 from apecache.store.import_table import ImportTable, RowMap
 from apecache.store.layout import ArrayLayout, ArrayRecord
+
+logger = logging.getLogger(__name__)
 
 FIRST_EXAMPLES = 5
 
@@ -157,6 +160,8 @@ def _import_array(
     begin = time.perf_counter()
     layout = tasks[0].record.layout
     n_rows = sum(len(task.row_map) for task in tasks)
+    array_name = f"{array.modality} features {array.named.name}"
+    logger.info("%s: importing %d rows", array_name, n_rows)
     tally = _Tally(modality=array.modality, rows=n_rows, row_bytes=layout.row_bytes)
 
     def advance(n_more: int, n_bad: int) -> None:
@@ -165,6 +170,7 @@ def _import_array(
         progress(tally.state)
 
     n_imported = sum(write_array(task, spec.recheck, advance) for task in tasks)
+    logger.info("%s: %d rows imported, the others were there", array_name, n_imported)
     segment_arrays = [FeatureArray(files=task.files, record=task.record) for task in tasks]
     # What this run has written itself need not be read again to be counted.
     is_sound = n_imported == n_rows and tally.n_bad == 0

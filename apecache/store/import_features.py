@@ -1,5 +1,6 @@
 """Import features that exist already into a store, as if they had been extracted."""
 
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,8 @@ from apecache.store.import_table import (
 from apecache.store.layout import PAIRS
 from apecache.store.reader import FeatureStore
 from apecache.store.writer import create_store
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +121,7 @@ def import_features(
         progress=progress,
     )
     _require_few_bad(reports, spec.max_bad)
+    _log_left_out(table)
     return ImportReport(
         store=files.place,
         arrays=tuple(reports),
@@ -127,6 +131,13 @@ def import_features(
         left_out=table.left_out,
         seconds=time.perf_counter() - begin,
     )
+
+
+def _log_left_out(table: ImportTable) -> None:
+    """Log a warning for each reason why rows of the source are not in the store."""
+    for reason, n_rows in table.left_out.items():
+        if n_rows:
+            logger.warning("left out of the store: %s: %d", reason, n_rows)
 
 
 # --- the table ------------------------------------------------------------------------------------

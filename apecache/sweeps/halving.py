@@ -25,7 +25,7 @@ from apecache.sweeps.population.population import (
 from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.sweeps.samplers import ask_optuna
 from apecache.sweeps.space import Space, Values
-from apecache.sweeps.trials import Trial, interval, write_trials
+from apecache.sweeps.trials import Trial, interval, log_trial, write_trials
 from apecache.train.batches import FeaturePairs
 from apecache.train.fit import HeadFit, StepCount
 from apecache.train.head_data import FitSpec
@@ -419,6 +419,7 @@ class TrialBatch:
                 )
         else:
             trial = self._measured(trial, one)
+        log_trial(trial)
         self.trials[one.number] = trial
         write_trials(self.out, self.trials)
         self.progress(trial)

@@ -8,6 +8,7 @@ training has a checkpoint.
 """
 
 import json
+import logging
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,8 @@ from apecache.train.keep_list import digest_keep_list
 from apecache.train.pooling import require_pooling
 
 __all__ = ["SweepReport", "SweepSpec", "Trial", "read_trials", "sweep"]
+
+logger = logging.getLogger(__name__)
 
 DESCRIBED = "sweep.json"
 COMMAND = "command.txt"
@@ -89,6 +92,7 @@ def sweep(
         trials = read_trials(out)
         points = list(space.grid())[: spec.n_trials] if spec.sampler == "grid" else None
         total = len(points) if points is not None else spec.n_trials
+        logger.info("sweep in %s: %d trials, %d of them done", out, total, len(trials))
         # Optuna learns from finished trials: its batches are as small as the populations allow.
         size = WAVE if spec.sampler != "tpe" else max(1, spec.population // spec.seeds)
         for begin in range(0, total, size):
@@ -104,6 +108,7 @@ def sweep(
         raise RunError(
             f"none of {counted(len(order), 'trial')} succeeded; the first failed with: {best.error}"
         )
+    logger.info("sweep in %s: the best of %d trials is %d", out, len(order), best.number)
     run = out / "best"
     recipe = space.recipe(best.values)
     if not _is_run_of(run, recipe):

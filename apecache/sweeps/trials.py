@@ -1,6 +1,7 @@
 """The trials of a sweep: one line each in `trials.jsonl`, and their ranking."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 from apecache.fingerprint import Json
 from apecache.metrics.statistics import estimate_from_recalls
 from apecache.storage.replace import replace_text
+
+logger = logging.getLogger(__name__)
 
 TRIALS = "trials.jsonl"
 
@@ -49,6 +52,21 @@ def read_trials(out: Path) -> dict[int, Trial]:
         recalls = tuple(trial.recalls)
         trials[trial.number] = replace(trial, settings=settings, recalls=recalls)
     return trials
+
+
+def log_trial(trial: Trial) -> None:
+    """Log a trial that ended: its mean recall, or its error as a warning."""
+    settings = " ".join(trial.settings)
+    if trial.mean is None:
+        logger.warning("trial %d (%s) failed: %s", trial.number, settings, trial.error)
+    else:
+        logger.info(
+            "trial %d (%s) %s: mean recall on dev %.1f %%",
+            trial.number,
+            settings,
+            trial.state,
+            trial.mean,
+        )
 
 
 def write_trials(out: Path, trials: Mapping[int, Trial]) -> None:

@@ -3,6 +3,7 @@
 A fit begins or resumes, writes its history and checkpoints, and adds up its costs.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from apecache.train.batches import FeaturePairs, n_items
 from apecache.train.fit import Fit, StepCount
 from apecache.train.lint.checks import n_negatives
 from apecache.train.loop import EpochSteps, FitProgress, require_finite, run_training
+
+logger = logging.getLogger(__name__)
 
 SAVE_SHARE = 0.05
 """Share of the time that may be spent on writing checkpoints."""
@@ -89,6 +92,16 @@ def run_in_folder(
     # The checkpoint restored the loading time of earlier calls.
     training.loading_seconds += loading_seconds
     resumed_step = training.step
+    if folder.writes:
+        logger.info(
+            "fitting %s in %s: %d images, %d on dev, step %d of %d",
+            training.recipe.name,
+            folder.out,
+            len(train),
+            len(dev),
+            resumed_step,
+            plan.n_steps,
+        )
     run_training(
         training,
         train=train,
@@ -98,6 +111,15 @@ def run_in_folder(
         save=_saver(training, folder),
         recorded=recorded,
     )
+    if folder.writes:
+        logger.info(
+            "fitted %s in %s: the best epoch is %d of %d, %.1f s",
+            training.recipe.name,
+            folder.out,
+            training.best.epoch,
+            plan.n_epochs,
+            training.seconds,
+        )
     return resumed_step
 
 
@@ -107,9 +129,17 @@ def _logger(folder: RunFolder) -> FitProgress:
     def log(line: dict[str, Json]) -> None:
         if folder.writes:
             add_to_history(folder.out, line)
+            _log_epoch(line)
             folder.progress(line)
 
     return log
+
+
+def _log_epoch(line: Mapping[str, Any]) -> None:
+    """Log a line of the history. Epoch 0, before training or of a closed form, has no loss."""
+    loss = "no step" if line["loss"] is None else f"loss {line['loss']:.4f}"
+    recall = line["dev"]["mean_recall"]
+    logger.info("epoch %d: %s, mean recall on dev %.1f %%", line["epoch"], loss, recall)
 
 
 def _saver(training: Fit[Any], folder: RunFolder) -> Callable[[bool], None]:

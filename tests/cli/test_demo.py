@@ -94,6 +94,20 @@ def test_the_command_that_an_interrupt_prints_resumes_the_demo(tmp_path: Path) -
     )
     assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "my demo" / "report.html").is_file()
+    # What the demo proposes works when it is pasted.
+    _, _, proposed = resumed.stdout.partition("Try next:\n")
+    commands = [shlex.split(line) for line in proposed.splitlines()]
+    assert [words[1] for words in commands] == ["search", "compare", "fit-head"]
+    for words in commands:
+        pasted = subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert pasted.returncode == 0, pasted.stderr
     # A finished demo is not replaced.
     again = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "my demo")])
     assert "exists already" in again.output

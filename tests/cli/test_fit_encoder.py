@@ -106,3 +106,11 @@ def test_recipes_of_the_other_trainer_are_refused(
     assert refused.exit_code == 3
     assert message in refused.output
     assert len(refused.output.strip().splitlines()) == 1
+
+
+def test_a_closed_form_is_not_called_untrained(tiny_store: Path, tmp_path: Path) -> None:
+    arguments = ["fit-head", tiny_store, "--recipe", "ridge", "--out", tmp_path / "run"]
+    done = call(*arguments, "--dev-split", "val", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    assert "epoch   0  closed form  dev mean recall" in done.output
+    assert "closed form, without epochs" in done.output

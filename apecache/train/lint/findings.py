@@ -1,10 +1,13 @@
 """Hold what checks of a fit found."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from apecache.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,14 @@ class Finding:
 
 
 def require_sound(findings: Sequence[Finding]) -> None:
-    """Check that no finding is an error. Raises DataError that names every error."""
+    """Log the warnings, and check that no finding is an error.
+
+    Raises:
+        DataError: Some are. It names every error.
+    """
+    for finding in findings:
+        if finding.level == "warning":
+            logger.warning("%s", finding)
     errors = [str(finding) for finding in findings if finding.level == "error"]
     if errors:
         failed = "1 check fails" if len(errors) == 1 else f"{len(errors)} checks fail"
