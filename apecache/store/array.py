@@ -2,7 +2,7 @@
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -381,6 +381,16 @@ class FeatureArray:
             # The list asks for every result, which raises what a read raised.
             list(pool.map(read_shard, commits.values()))
 
+    def _can_be_read_in_pieces(self, shard: "StoredShard") -> bool:
+        """Return whether `_read_pieces` can read a shard: rows are stored as they are read."""
+        layout = shard.array.record.layout
+        return not layout.scaled and layout.row_shape == self.row_shape
+
+    def _read_pieces(self, shard: "StoredShard", pieces: Sequence[NDArray[Any]]) -> None:
+        """Read the rows of a shard, in order, into several buffers that hold all of them."""
+        views = [piece.data.cast("B") for piece in pieces]
+        shard.array._read_parts(shard.commit, views, "features")
+
     def _read_features(self, commit: CommitRecord, target: NDArray[Any]) -> None:
         if not self.record.layout.scaled:
             self._read_chunk(commit, target, "features")
@@ -393,12 +403,21 @@ class FeatureArray:
 
     def _read_chunk(self, commit: CommitRecord, target: NDArray[Any], part_name: str) -> None:
         """Read one chunk file into `target`, and check it."""
+        self._read_parts(commit, [target.data.cast("B")], part_name)
+
+    def _read_parts(
+        self,
+        commit: CommitRecord,
+        views: Sequence[memoryview],
+        part_name: str,
+    ) -> None:
+        """Read one chunk file into buffers, one after another, and check it."""
         name = chunk_name(self.record, part_name, commit.shard)
         expected = commit.objects[name]
-        view = target.data.cast("B")
         # The chunk of the last shard is padded; the padding goes to a buffer of its own.
         # The last 4 bytes of a chunk are its crc32c.
-        padding = memoryview(bytearray(expected.bytes - view.nbytes - 4))
+        n_data = sum(view.nbytes for view in views)
+        padding = memoryview(bytearray(expected.bytes - n_data - 4))
         ending = memoryview(bytearray(4))
         check = 0
         summed = 0
@@ -411,7 +430,7 @@ class FeatureArray:
             summed += block.nbytes
 
         try:
-            count = self.files.read_into(name, [view, padding, ending], add)
+            count = self.files.read_into(name, [*views, padding, ending], add)
         except FileNotFoundError:
             raise self._damaged(commit.shard, name, "is missing") from None
         stored = int.from_bytes(ending, "little")
