@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from apecache.fingerprint import Modality
 from apecache.store.array import FeatureArray, StoredShard
 from apecache.store.views import View
+from apecache.store.wide_rows import as_wide
 
 ROWS_OF_RUN = 8
 """Mean length of a run of rows from which on runs are read straight to their places."""
@@ -234,6 +235,44 @@ def gathered_rows(array: FeatureArray, rows: NDArray[np.int64]) -> NDArray[Any]:
             offsets = sorted_rows[begin:end] - shard.first
             features[order[begin:end]] = array._read_wide(shard)[offsets]
     return features
+
+
+def gathered_scaled(
+    array: FeatureArray,
+    rows: NDArray[np.int64],
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Read some rows of an int8 array as they are stored: integers and their scales.
+
+    Args:
+        array: The array, not of a view.
+        rows: Rows of the array, ascending.
+
+    Returns:
+        int8 [n, *row_shape] and float32 [n, *row_shape without dim].
+
+    Raises:
+        IncompleteError, DamagedError: As `FeatureArray.load` does.
+    """
+    shape = array.row_shape
+    values = np.empty((len(rows), *shape), np.int8)
+    scales = np.empty((len(rows), *shape[:-1]), np.float32)
+    for shard in array.stored_shards():
+        begin, end = np.searchsorted(rows, (shard.first, shard.first + shard.n_rows)).tolist()
+        if begin == end:
+            continue
+        offsets = rows[begin:end] - shard.first
+        shard_values = np.empty((shard.n_rows, *shape), np.int8)
+        shard_scales = np.empty((shard.n_rows, *shape[:-1]), np.float32)
+        stored_shape = shard.array.record.layout.row_shape
+        # A segment of a ragged array may have fewer tokens than the widest one.
+        with (
+            as_wide(shard_values, stored_shape) as own_values,
+            as_wide(shard_scales, stored_shape[:-1]) as own_scales,
+        ):
+            shard.array._read_scaled(shard.commit, own_values, own_scales)
+        values[begin:end] = shard_values[offsets]
+        scales[begin:end] = shard_scales[offsets]
+    return values, scales
 
 
 def _is_range(rows: NDArray[np.int64], first: int, count: int) -> bool:

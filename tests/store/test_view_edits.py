@@ -8,8 +8,10 @@ import pytest
 from tiny import tree
 
 from apecache.errors import DataError, ManifestError, OptionError
+from apecache.fingerprint import Modality
 from apecache.storage.local_files import LocalFiles
 from apecache.store.compact import compact_store
+from apecache.store.gather import ViewArray, gathered_scaled
 from apecache.store.near_duplicates import near_images
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import verify_store
@@ -240,6 +242,47 @@ def test_compaction_frees_what_no_view_needs_and_changes_no_view(edited: LocalFi
     assert verify_store(edited.place).problems == ()
     assert compact_store(edited, "0").n_rows == 0
     assert values(edited) == wanted
+
+
+@pytest.mark.parametrize("tokens", [None, 3])
+def test_features_of_int8_are_compacted_bit_by_bit(tmp_path: Path, tokens: int | None) -> None:
+    """Integers and scales are copied: another rounding would give other features."""
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((50, 8)).astype(np.float16)
+    text = rng.standard_normal((50, 8) if tokens is None else (50, tokens, 8)).astype(np.float16)
+    write_feature_store(
+        tmp_path / "store",
+        image,
+        text,
+        image_rows=list(range(50)),
+        splits=[""] * 50,
+        bad_images=(7,),
+        shard_rows=16,
+        storage="int8",
+        text_lengths=None if tokens is None else np.full(50, 2, np.uint16),
+    )
+    files = LocalFiles(tmp_path / "store")
+    delete_rows(files, lambda table: np.arange(50) % 3 > 0)
+    remove_view(files, view_ids(files)[0])
+    before = FeatureStore.at(files)
+    wanted = [before.array(modality).load() for modality in MODALITIES]
+    stored = stored_integers(before, "image")
+    report = compact_store(files, "0")
+    assert (report.n_rows, report.blocks) == (17 + 17, ("",))
+    after = FeatureStore.at(files)
+    for modality, features in zip(MODALITIES, wanted, strict=True):
+        assert np.array_equal(after.array(modality).load(), features, equal_nan=True)
+    assert stored_integers(after, "image") == stored
+    assert verify_store(files.place).problems == ()
+
+
+def stored_integers(store: FeatureStore, modality: Modality) -> list[bytes]:
+    """Return the integers and scales of a view's rows as they are stored."""
+    array = store.array(modality)
+    plain = array.stored if isinstance(array, ViewArray) else array
+    index = array.index if isinstance(array, ViewArray) else np.arange(array.rows)
+    values, scales = gathered_scaled(plain, index)
+    return [values.tobytes(), scales.tobytes()]
 
 
 def test_compaction_without_unused_rows_does_nothing(edited: LocalFiles) -> None:
