@@ -14,6 +14,7 @@ from .option_groups import (
     Seed,
     TextFeatures,
     TrainSplit,
+    View,
 )
 from .terminal import ending, show_json, show_table
 
@@ -48,6 +49,7 @@ def auto(
     ] = None,
     train_split: TrainSplit = None,
     dev_split: DevSplit = None,
+    view: View = None,
     seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,
@@ -76,7 +78,7 @@ def auto(
             seed=seed,
             device=device,
         )
-        report = search(FeatureStore.open(store), out, spec, show_rung)
+        report = search(FeatureStore.open(store, view), out, spec, show_rung)
         page = write_auto_page(report, out / "index.html")
         if json:
             show_json(
@@ -123,6 +125,7 @@ def forecast(
         typer.Option(metavar="SHARES", help="Shares of the training images, with commas between."),
     ] = "0.0625,0.125,0.25,0.5,1",
     seeds: Annotated[int, typer.Option(min=1, help="Fits of each share.")] = 3,
+    view: View = None,
     seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,
@@ -155,7 +158,7 @@ def forecast(
             seed=seed,
             device=device,
         )
-        report = measure(FeatureStore.open(store), out, spec, show_fit)
+        report = measure(FeatureStore.open(store, view), out, spec, show_fit)
         page = write_forecast_page(report, out / "index.html")
         if json:
             show_json({**report.to_json(), "page": str(page)})

@@ -14,6 +14,7 @@ from .option_groups import (
     Seed,
     TextFeatures,
     TrainSplit,
+    View,
 )
 from .runs import opener
 from .terminal import command_line, ending, show_json, show_table
@@ -62,6 +63,7 @@ def curate(
             rich_help_panel=ADVANCED,
         ),
     ] = 0.95,
+    view: View = None,
     seed: Seed = 0,
     device: Device = "auto",
     json: Json = False,
@@ -90,7 +92,7 @@ def curate(
             near=near,
             device=device,
         )
-        report = examine(FeatureStore.open(store), out, spec)
+        report = examine(FeatureStore.open(store, view), out, spec)
         page = write_curate_page(
             report,
             out / "index.html",
@@ -109,4 +111,7 @@ def curate(
             ("near copies of captions across splits", len(report.near_captions)),
         ]
         show_table(f"{page}", ("finding", "count"), rows)
-        typer.echo(f"train without them: apecache fit-head {store} --keep {out / 'keep.tsv'} ...")
+        of_view = "" if view is None else f" --view {view}"
+        typer.echo(
+            f"train without them: apecache fit-head {store}{of_view} --keep {out / 'keep.tsv'} ..."
+        )

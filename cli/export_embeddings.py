@@ -9,7 +9,7 @@ import typer
 from apecache.errors import counted
 
 from .labeled import show_left_out
-from .option_groups import Device, Json, takes_groups
+from .option_groups import Device, Json, View, takes_groups
 from .runs import MovedEncoders, opener
 from .terminal import choice, ending, show_json
 
@@ -38,6 +38,7 @@ def export_embeddings(
             help="Folder of the images, for runs whose image tower was trained.",
         ),
     ] = None,
+    view: View = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -57,7 +58,7 @@ def export_embeddings(
             loaded = load_run(folder, device=device, image=moved_image, text=moved_text)
             report = export(
                 loaded,
-                store=FeatureStore.open(store),
+                store=FeatureStore.open(store, view),
                 out=out,
                 to=to,  # type: ignore[arg-type]
                 split=split,

@@ -164,7 +164,8 @@ def update_by(
     kind: str | None,
 ) -> "IndexReport":
     """Update an index; `split` and `kind` must be those that it was built with, if given."""
-    from apecache.search.index import read_description, require_same, update_index
+    from apecache.search.index import require_same, update_index
+    from apecache.search.index_files import read_description
     from apecache.store.reader import FeatureStore
 
     require_same(read_description(out), split, kind)

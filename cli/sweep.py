@@ -19,6 +19,7 @@ from .option_groups import (
     OptionGroup,
     Ray,
     Track,
+    View,
     takes_groups,
 )
 from .terminal import choice, ending, show_json, show_table
@@ -129,6 +130,7 @@ def sweep(
     fit: FitOptions,
     ray: Ray = None,
     track: Track = None,
+    view: View = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -152,7 +154,7 @@ def sweep(
         spec = sweep_spec(search, fit, device)
         with results_only(cluster), trial_display(track, out) as show:
             report = run_on(cluster)(
-                FeatureStore.open(store),
+                FeatureStore.open(store, view),
                 space=loaded,
                 out=out,
                 spec=spec,

@@ -7,7 +7,7 @@ import typer
 
 from apecache.errors import counted
 
-from .option_groups import Device, Json, Root
+from .option_groups import ADVANCED, Device, ImageFeatures, Json, Root
 from .terminal import choice, ending, progress, show_json, show_table
 
 if TYPE_CHECKING:
@@ -17,15 +17,17 @@ Store = Annotated[str, typer.Argument(help="A feature store: a folder, s3://…,
 
 
 def views(
-    action: Annotated[str, typer.Argument(help="list or remove.")],
+    action: Annotated[str, typer.Argument(help="list, name or remove.")],
     store: Store,
     view: Annotated[
         list[str] | None,
-        typer.Argument(help="With remove: ids or numbers of views."),
+        typer.Argument(
+            help="With remove: ids, numbers or names of views. With name: one view, then its name."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """List or remove the views of a store.
+    """List, name or remove the views of a store.
 
     A view is a table that was extracted: each change of the table makes a new one. The newest is
     used unless --view names another. Features stay; compact frees those that no view needs.
@@ -33,11 +35,17 @@ def views(
     Example: apecache views list store
     """
     with ending():
-        choice("ACTION", action, ("list", "remove"))
+        choice("ACTION", action, ("list", "name", "remove"))
         from apecache.errors import OptionError, StoreError
         from apecache.storage.open import open_files
         from apecache.store.reader import FeatureStore
-        from apecache.store.views import find_view, read_view_record, remove_view, view_ids
+        from apecache.store.views import (
+            find_view,
+            name_view,
+            read_view_record,
+            remove_view,
+            view_ids,
+        )
 
         FeatureStore.open(store)
         files = open_files(store)
@@ -46,6 +54,17 @@ def views(
                 raise OptionError("views list takes no VIEW; leave it out")
             records = [read_view_record(files, view_id) for view_id in view_ids(files)]
             show_views(store, records, json)
+            return
+        if action == "name":
+            if not view or len(view) != 2:
+                raise OptionError(
+                    "views name needs a VIEW and its new name: apecache views name STORE VIEW NAME"
+                )
+            named = name_view(files, find_view(files, view[0]), view[1])
+            if json:
+                show_json({"store": str(store), **describe_view(named)})
+            else:
+                typer.echo(f"{named.view}: {named.name}")
             return
         if not view:
             raise OptionError("views remove needs a VIEW; list them with: apecache views list")
@@ -72,16 +91,24 @@ def show_views(store: str, records: "list[ViewRecord]", json: bool) -> None:
         typer.echo(f"{store} has one table; a change of it makes views")
         return
     rows = [
-        (record.view, record.n_images, record.n_texts, len(record.blocks), record.origin)
+        (
+            record.view,
+            record.name,
+            record.n_images,
+            record.n_texts,
+            len(record.blocks),
+            record.origin,
+        )
         for record in records
     ]
-    show_table("views", ("view", "images", "captions", "blocks", "source"), rows)
+    show_table("views", ("view", "name", "images", "captions", "blocks", "source"), rows)
 
 
 def describe_view(record: "ViewRecord") -> dict[str, object]:
     """Return the JSON form of a view."""
     return {
         "view": record.view,
+        "name": record.name,
         "parent": record.parent,
         "digest": record.digest,
         "n_images": record.n_images,
@@ -101,20 +128,40 @@ def split(
     ],
     by: Annotated[
         str,
-        typer.Option(metavar="WHAT", help="Keep together: content (equal files), key or label."),
+        typer.Option(
+            metavar="WHAT",
+            help="Keep together: content (equal files), key, label, or a column of the table.",
+        ),
     ] = "content",
+    near_duplicates: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="COSINE",
+            help="Keep together also images whose features are this close, e.g. 0.95.",
+        ),
+    ] = None,
+    image_features: ImageFeatures = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="The table with the column of --by, if it is not where the store recorded it.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Another seed gives other splits.")] = 0,
     json: Json = False,
 ) -> None:
     """Divide the images of a store into splits.
 
     Equal files are always in one split. Nothing is encoded. Images that are added later are split
-    by the same rule, and no other image moves.
+    by the same rule, and no other image moves; near duplicates among them are not looked for.
 
     Example: apecache split store --fraction train=.8,val=.1,test=.1
     """
     with ending():
-        choice("--by", by, ("content", "key", "label"))
         from apecache.data.splits import parse_fractions
         from apecache.storage.open import open_files
         from apecache.store.reader import FeatureStore
@@ -122,7 +169,15 @@ def split(
 
         FeatureStore.open(store)
         files = open_files(store)
-        record = split_store(files, parse_fractions(fraction), by=by, seed=seed)
+        record = split_store(
+            files,
+            parse_fractions(fraction),
+            by=by,
+            seed=seed,
+            near=near_duplicates,
+            features=image_features,
+            source=source,
+        )
         split_counts = FeatureStore.at(files).pairs.split_counts()
         if json:
             show_json({"store": str(store), "view": record.view, "splits": split_counts})

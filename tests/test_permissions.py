@@ -20,8 +20,8 @@ from apecache.runs.folder import HISTORY
 from apecache.runs.heads import DESCRIPTION, WEIGHTS, load_heads
 from apecache.runs.ledger import LEDGER, load_ledger, read_extraction
 from apecache.search.faiss_index import open_vectors
-from apecache.search.index import read_description as read_index
-from apecache.search.index import read_rows
+from apecache.search.index_files import read_description as read_index
+from apecache.search.index_files import read_rows
 from apecache.storage.local_files import LocalFiles
 from apecache.sweeps.run import DESCRIBED
 

@@ -534,6 +534,7 @@ def fit_command(
         "--seed": (spec.seed, 0),
         "--image-features": (spec.image_features, None),
         "--text-features": (spec.text_features, None),
+        "--view": (store.older_view, None),
     }
     for name, (value, default) in options.items():
         if value != default:

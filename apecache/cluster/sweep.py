@@ -50,7 +50,16 @@ def sweep_on_ray(
     # Absolute: an actor whose node lacks the driver's folder runs in another one.
     store_path = store.path if is_object_url(store.path) else Path(os.path.abspath(store.path))
     out_path = Path(os.path.abspath(out))
-    make_worker = partial(_Populations, store=store_path, space=space, out=out_path, spec=spec)
+    # Named: another view may become the newest one while the sweep runs.
+    view = None if store.view is None else store.view.record.view
+    make_worker = partial(
+        _Populations,
+        store=store_path,
+        view=view,
+        space=space,
+        out=out_path,
+        spec=spec,
+    )
     ray_spec = (cluster or RaySpec()).for_device(spec.fit.device)
     with open_pool(make_worker, ray_spec) as pool:
         return sweep(
@@ -101,12 +110,13 @@ class _Populations:
         self,
         cpus: int,
         store: str | Path,
+        view: str | None,
         space: Space,
         out: Path,
         spec: SweepSpec,
     ) -> None:
         torch.set_num_threads(cpus)
-        data = load_data(FeatureStore.open(store), spec.fit, spec.memory_bytes)
+        data = load_data(FeatureStore.open(store, view), spec.fit, spec.memory_bytes)
         # Trials and progress are the driver's: this batch only trains groups.
         self.trial_batch = TrialBatch(
             out,

@@ -75,6 +75,37 @@ def recorded_media(
     return media if rules == DEFAULT_RULES else RuledMedia(media=media, rules=rules)
 
 
+def recorded_column(
+    record: Mapping[str, Any],
+    column: str,
+    source: AnyPath | None = None,
+) -> dict[str, str]:
+    """Read a column of the table that a store recorded.
+
+    Args:
+        record: The store's record of its source.
+        column: Name of the column.
+        source: New name of the source.
+
+    Returns:
+        Value by key of the image; empty where the table has none.
+
+    Raises:
+        ManifestError: The table cannot be opened, has no such column, or several values for one
+            image.
+    """
+    spec = replace(spec_of_options(record.get("options", {})), label_column=column)
+    origins = _origins(record) if source is None else [source]
+    for origin in origins:
+        # Of several places the last one explains what is wrong.
+        try:
+            return {pair.key: pair.label for pair in open_unsplit(origin, spec)}
+        except ManifestError as error:
+            if origin == origins[-1]:
+                raise ManifestError(str(error).replace("--label-column", "--by")) from None
+    raise AssertionError("unreachable: there is at least one origin")
+
+
 def _reopened(record: Mapping[str, Any], spec: OpenSpec, root: AnyPath | None) -> Media:
     """Return the media of the recorded source; `NoMedia` if it cannot be opened."""
     media: Media = NoMedia()
@@ -102,7 +133,7 @@ def _origins(record: Mapping[str, Any]) -> list[str]:
     is_name = bool(prefix) and not path.startswith(("./", "../"))
     if is_name or os.path.isabs(path):
         return [origin]
-    folder = str(record["options"].get(WORKING_FOLDER, "."))
+    folder = str(record.get("options", {}).get(WORKING_FOLDER, "."))
     return [prefix + os.path.join(folder, path), origin]
 
 

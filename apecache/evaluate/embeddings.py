@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 OpenImage = Callable[[str], Picture]
 """Key of the pair table -> picture, in any form that `open_picture` takes; raises RowError."""
+Allocate = Callable[[Modality, int, int], Tensor]
+"""(modality, n, dim) -> float32 [n, dim] on the CPU, which the embeddings are written to."""
 
 
 class LiveSide(Protocol):
@@ -89,6 +91,7 @@ def embed_store(
     open_image: OpenImage | None = None,
     among: NDArray[np.bool_] | None = None,
     uncaptioned: bool = False,
+    allocate: Allocate | None = None,
 ) -> Embeddings:
     """Embed the usable images and captions of a store that belong together.
 
@@ -103,6 +106,7 @@ def embed_store(
         among: bool [n_images], only these images, for a dev split that has no name.
         uncaptioned: take images without a usable caption too, and a store without features of
             texts. Retrieval cannot use those images, so by default they are left out, and counted.
+        allocate: gives the memory of the embeddings. None: they are where the run is.
 
     Raises:
         MismatchError: the store has no features of a frozen encoder.
@@ -126,9 +130,16 @@ def embed_store(
     logger.info("embedding %d images and %d captions of %s", len(images), len(texts), store.path)
     # `images` is sorted, so the search gives the position of each caption's image in it.
     owners = torch.from_numpy(np.searchsorted(images, pairs.image_rows[texts]))
-    image = embed_rows(run.image, store=store, modality="image", rows=images, open_image=open_image)
+    image = embed_rows(
+        run.image,
+        store=store,
+        modality="image",
+        rows=images,
+        open_image=open_image,
+        allocate=allocate,
+    )
     if len(texts):
-        text = embed_rows(run.text, store=store, modality="text", rows=texts)
+        text = embed_rows(run.text, store=store, modality="text", rows=texts, allocate=allocate)
     else:
         # A store without features of texts has nothing to read.
         text = image.new_empty(0, image.shape[1])
@@ -226,25 +237,65 @@ def embed_rows(
     rows: NDArray[np.int64],
     open_image: OpenImage | None = None,
     batch: int = 64,
+    allocate: Allocate | None = None,
 ) -> Tensor:
     """Embed rows of the store's table -> float32 [n, dim], L2-normalized.
 
-    It raises the errors of `embed_store`.
+    Features are read shard by shard, so that only embeddings are in memory whole. It raises the
+    errors of `embed_store`.
+
+    Args:
+        side: the side of the run that embeds.
+        store: its features and captions.
+        modality: what is embedded.
+        rows: int64 [n], rows of the table, each at most once.
+        open_image: as `embed_store` takes it.
+        batch: pictures that are open at once.
+        allocate: as `embed_store` takes it.
     """
     if isinstance(side, TrainedSide):
-        array = find_features(side, store, modality)
-        features = torch.from_numpy(array.load()[rows])
-        lengths = _select(load_lengths(array), rows)
-        return side.embed(features, lengths)
+        return _embed_features(side, store, modality, rows, allocate)
     if modality == "text":
-        return side.embed([str(store.pairs.captions[row]) for row in rows])
-    open_image = open_image or RecordedImages(store.last_source)
-    keys = [str(store.pairs.keys[row]) for row in rows]
-    embedded = []
-    # Pictures are opened batch by batch: all of a split would not fit in memory.
-    for first in range(0, len(keys), batch):
-        embedded.append(side.embed(_read(keys[first : first + batch], open_image)))
-    return torch.cat(embedded)
+        embedded = side.embed([str(store.pairs.captions[row]) for row in rows])
+    else:
+        open_image = open_image or RecordedImages(store.last_source)
+        keys = [str(store.pairs.keys[row]) for row in rows]
+        embedded_batches: list[Tensor] = []
+        # Pictures are opened batch by batch: all of a split would not fit in memory.
+        for first in range(0, len(keys), batch):
+            embedded_batches.append(side.embed(_read(keys[first : first + batch], open_image)))
+        embedded = torch.cat(embedded_batches)
+    if allocate is None:
+        return embedded
+    return allocate(modality, *embedded.shape).copy_(embedded)
+
+
+def _embed_features(
+    side: TrainedSide,
+    store: FeatureStore,
+    modality: Modality,
+    rows: NDArray[np.int64],
+    allocate: Allocate | None,
+) -> Tensor:
+    """Embed rows of the store's features, shard by shard."""
+    array = find_features(side, store, modality)
+    lengths = load_lengths(array)
+    # Where each row of the array stands among the rows that are asked for; -1: nowhere.
+    positions = np.full(array.rows, -1, np.int64)
+    positions[rows] = np.arange(len(rows))
+    if allocate is None:
+        target = torch.empty(len(rows), side.dim, device=side.head.mean.device)
+    else:
+        target = allocate(modality, len(rows), side.dim)
+    for array_rows, features in array.load_shards():
+        position = positions[array_rows]
+        is_wanted = position >= 0
+        if not is_wanted.any():
+            continue
+        wanted = features if is_wanted.all() else features[is_wanted]
+        embedded = side.embed(torch.from_numpy(wanted), _select(lengths, array_rows[is_wanted]))
+        target[torch.from_numpy(position[is_wanted]).to(target.device)] = embedded.to(target.device)
+    return target
 
 
 def _read(keys: Sequence[str], open_image: OpenImage) -> list[Image.Image]:

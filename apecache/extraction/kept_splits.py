@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 from apecache.data.pairs import PairSource
+from apecache.data.recorded import options_to_record, recorded_column
+from apecache.errors import DataError, ManifestError
 from apecache.extraction.contents import SEEN, TableContents
 from apecache.extraction.matching import Rows
 from apecache.store.reader import FeatureStore
-from apecache.store.view_edits import parse_rule, splits_of_groups
+from apecache.store.view_edits import GROUPINGS, parse_rule, splits_of_groups
 
 
 def keep_splits(
@@ -30,6 +32,7 @@ def keep_splits(
     if newest is None or newest.view is None or not rule or any(pair.split for pair in source):
         return source, ""
     fractions, by, seed = parse_rule(rule)
+    values = {} if by in GROUPINGS else _column_values(source, by)
     pairs = newest.pairs
     split_of_key = dict(zip(map(str, pairs.keys), map(str, pairs.splits), strict=True))
     split_of_row: dict[int, str] = {}
@@ -38,7 +41,8 @@ def keep_splits(
         content = contents.contents[row]
         is_known = content is not None and content not in ("", SEEN)
         by_content = str(content) if is_known else pair.key
-        groups.append({"key": pair.key, "label": pair.label}.get(by, by_content))
+        by_column = values.get(pair.key, "") or by_content
+        groups.append({"key": pair.key, "label": pair.label}.get(by, by_column))
         if pair.key in split_of_key and int(rows.images[row]) != -1:
             split_of_row.setdefault(int(rows.images[row]), split_of_key[pair.key])
     new_splits = splits_of_groups(groups, fractions, seed)
@@ -51,3 +55,19 @@ def keep_splits(
             split = split_of_row.setdefault(content_row, split)
         new_pairs.append(replace(pair, split=split))
     return replace(source, pairs=tuple(new_pairs)), rule
+
+
+def _column_values(source: PairSource, column: str) -> dict[str, str]:
+    """Read the column that splits were chosen by from the table again.
+
+    Raises:
+        DataError: The table cannot be read again, or has the column no more.
+    """
+    record = {"origin": source.origin, "options": options_to_record(source)}
+    try:
+        return recorded_column(record, column)
+    except ManifestError as error:
+        raise DataError(
+            f"the splits of the store keep equal values of column {column!r} together, and it "
+            f"cannot be read ({error}); give the table a column `split`"
+        ) from None

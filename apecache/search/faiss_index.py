@@ -97,7 +97,7 @@ class VectorIndex:
             return no_scores, no_rows
         # Torch's product is faster than FAISS's exact search on some processors.
         if self.factory == "Flat":
-            vectors = self._flat if self.on_device is None else self.on_device
+            vectors = self.flat_vectors if self.on_device is None else self.on_device
             return exact_search(vectors, queries, k)
         searched = self.index if self.on_gpu is None else self.on_gpu
         scores, rows = searched.search(np.ascontiguousarray(queries), k)
@@ -127,7 +127,7 @@ class VectorIndex:
         # Tile by tile: all vectors of a large index would not fit in memory a second time.
         for begin in range(0, len(rows), TILE):
             tile_rows = rows[begin : begin + TILE]
-            stored = self._flat[tile_rows] if self.factory == "Flat" else self.vectors(tile_rows)
+            stored = self.vectors(tile_rows)
             scores, tile_positions = exact_search(stored, queries, min(k, len(tile_rows)))
             best = np.concatenate((best, scores), axis=1)
             best_rows = np.concatenate((best_rows, tile_rows[tile_positions]), axis=1)
@@ -135,7 +135,7 @@ class VectorIndex:
         return np.take_along_axis(best, order, 1), np.take_along_axis(best_rows, order, 1)
 
     @property
-    def _flat(self) -> Floats:
+    def flat_vectors(self) -> Floats:
         """Return the vectors of an exact index without a copy, from memory or the mapped file."""
         stored: Floats = load_faiss().rev_swig_ptr(
             self.index.get_xb(),
@@ -151,6 +151,8 @@ class VectorIndex:
         Raises:
             OptionError: a kind that cannot give its vectors back.
         """
+        if self.factory == "Flat":
+            return self.flat_vectors[rows]
         lists = _lists(self.index)
         try:
             if lists is not None:
@@ -216,7 +218,7 @@ class VectorIndex:
             OptionError: a kind that FAISS does not support on a GPU.
         """
         if self.factory == "Flat":
-            return replace(self, on_device=torch.from_numpy(self._flat).to(device))
+            return replace(self, on_device=torch.from_numpy(self.flat_vectors).to(device))
         faiss = load_faiss()
         if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
             raise DataError(
@@ -242,6 +244,18 @@ class VectorIndex:
         # disk full.
         with path.open("wb") as file:
             faiss.write_index(self.index, faiss.PyCallbackIOWriter(file.write))
+
+
+def allocate_flat(n: int, dim: int) -> VectorIndex:
+    """Return an exact index of n vectors whose `flat_vectors` are still to be written.
+
+    Vectors that are computed straight into it are in memory once; `build_vectors` copies them.
+    """
+    faiss = load_faiss()
+    index = faiss.index_factory(dim, "Flat", faiss.METRIC_INNER_PRODUCT)
+    index.codes.resize(n * index.code_size)
+    index.ntotal = n
+    return VectorIndex(factory="Flat", index=index)
 
 
 def build_vectors(kind: str, vectors: Floats) -> tuple[VectorIndex, KindReport]:

@@ -19,44 +19,58 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from apecache.arguments import AnyPath, as_path, require_type
 from apecache.errors import (
     MismatchError,
     OptionError,
     RunError,
-    nearest_sibling,
-    raise_if_refused,
     require_new,
 )
-from apecache.evaluate.embeddings import Embeddings, OpenImage, embed_store, find_features
+from apecache.evaluate.embeddings import (
+    Allocate,
+    Embeddings,
+    OpenImage,
+    embed_store,
+)
 from apecache.evaluate.left_out import LeftOut
-from apecache.runs.heads import TrainedSide
+from apecache.fingerprint import Modality
 from apecache.runs.load import Run, copy_run, load_run
 from apecache.search.calibrate import nothing_found_score
 from apecache.search.faiss_index import (
     Floats,
     KindReport,
     VectorIndex,
+    allocate_flat,
     build_vectors,
     load_faiss,
     measured,
     open_vectors,
     shortened,
 )
+from apecache.search.index_files import (
+    FORMAT_VERSION,
+    PARTS,
+    Part,
+    Row,
+    index_rows,
+    kind_of,
+    read_description,
+    read_report,
+    read_rows,
+    row_identity,
+    write_rows,
+)
 from apecache.storage.replace import replace_text
 from apecache.store.reader import FeatureStore
-from apecache.store.table import PairTable
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-Part = Literal["images", "texts"]
-PARTS: tuple[Part, ...] = ("images", "texts")
-Row = Mapping[str, str]
 Fill = Callable[[Part, Floats, Sequence[Row]], tuple[VectorIndex, KindReport]]
 """Builds the index of one modality from its vectors and their rows."""
 
@@ -139,14 +153,24 @@ def build_index(
     loaded = load_run(run)
     if dim is not None and not 0 < dim <= loaded.image.dim:
         raise OptionError(f"--dim {dim}: the embeddings have {loaded.image.dim}; give 1 to that")
+    settings = IndexSettings(split=split, kind=kind, dim=dim)
+    flat_indexes: dict[Part, VectorIndex] = {}
     embedded = embed_store(
         loaded,
         store=store,
         split=split,
         open_image=open_image,
         uncaptioned=True,
+        allocate=_flat_memory(settings, loaded.image.dim, flat_indexes),
     )
-    settings = IndexSettings(split=split, kind=kind, dim=dim)
+
+    def fill(
+        modality: Part,
+        vectors: Floats,
+        rows: Sequence[Row],
+    ) -> tuple[VectorIndex, KindReport]:
+        return _filled_already(flat_indexes, modality) or build_vectors(kind, vectors)
+
     report = _write(
         out,
         run=run,
@@ -154,7 +178,7 @@ def build_index(
         store=store,
         embedded=embedded,
         settings=settings,
-        fill=lambda _, vectors, rows: build_vectors(kind, vectors),
+        fill=fill,
     )
     return replace(report, n_added=report.n_images + report.n_texts)
 
@@ -190,12 +214,19 @@ def update_index(
     description = read_description(out)
     loaded = load_run(run)
     require_head(description, loaded=loaded, out=out, run=run)
+    settings = IndexSettings(
+        split=description.get("split"),
+        kind=kind_of(description),
+        dim=description.get("dim"),
+    )
+    flat_indexes: dict[Part, VectorIndex] = {}
     embedded = embed_store(
         loaded,
         store=store,
-        split=description.get("split"),
+        split=settings.split,
         open_image=open_image,
         uncaptioned=True,
+        allocate=_flat_memory(settings, loaded.image.dim, flat_indexes),
     )
     added = Counter[tuple[str, str]]()
     removed = Counter[tuple[str, str]]()
@@ -205,8 +236,8 @@ def update_index(
         vectors: Floats,
         rows: Sequence[Row],
     ) -> tuple[VectorIndex, KindReport]:
-        old = [_identity(row) for row in read_rows(out, modality)]
-        new = [_identity(row) for row in rows]
+        old = [row_identity(row) for row in read_rows(out, modality)]
+        new = [row_identity(row) for row in rows]
         added.update(Counter(new) - Counter(old))
         removed.update(Counter(old) - Counter(new))
         report = read_report(description, modality)
@@ -216,13 +247,20 @@ def update_index(
         # Clusters that were trained on half as many vectors, or twice as many, fit no more.
         if report.trained_on and not report.trained_on / 2 <= len(new) <= 2 * report.trained_on:
             return build_vectors(kind_of(description), vectors)
-        # Read and not mapped: the vectors will change, and the old file is deleted.
-        index = open_vectors(out / f"{modality}.faiss", report.factory, mmap=False)
+        filled = _filled_already(flat_indexes, modality)
+        # Read and not mapped where vectors change: the old file is deleted.
+        index = open_vectors(
+            out / f"{modality}.faiss",
+            factory=report.factory,
+            mmap=filled is not None,
+        )
         if index.shape != (len(old), vectors.shape[1]):
             raise RunError(
                 f"{out}: {modality}.faiss does not fit {modality}.jsonl and the head; build the "
                 "index again"
             )
+        if filled is not None:
+            return filled
         if new[: len(old)] == old:
             index.add(vectors[len(old) :])
         else:
@@ -235,14 +273,44 @@ def update_index(
         loaded=loaded,
         store=store,
         embedded=embedded,
-        settings=IndexSettings(
-            split=description.get("split"),
-            kind=kind_of(description),
-            dim=description.get("dim"),
-        ),
+        settings=settings,
         fill=fill,
     )
     return replace(report, n_added=added.total(), n_removed=removed.total())
+
+
+def _flat_memory(
+    settings: IndexSettings,
+    full_dim: int,
+    flat_indexes: dict[Part, VectorIndex],
+) -> Allocate | None:
+    """Return what gives embeddings the memory of an exact index, so that none is copied.
+
+    Args:
+        settings: Form of the index; None is returned for others than an exact one of whole vectors.
+        full_dim: Values of a whole vector.
+        flat_indexes: Gets the indexes.
+    """
+    if settings.kind != "flat" or settings.dim not in (None, full_dim):
+        return None
+
+    def allocate(modality: Modality, n: int, dim: int) -> Tensor:
+        part: Part = "images" if modality == "image" else "texts"
+        flat_indexes[part] = allocate_flat(n, dim)
+        return torch.from_numpy(flat_indexes[part].flat_vectors)
+
+    return allocate
+
+
+def _filled_already(
+    flat_indexes: Mapping[Part, VectorIndex],
+    modality: Part,
+) -> tuple[VectorIndex, KindReport] | None:
+    """Return the index that the embeddings were written into; None if there is none."""
+    if modality not in flat_indexes:
+        return None
+    report = KindReport(factory="Flat", trained_on=0, build_seconds=0.0)
+    return flat_indexes[modality], report
 
 
 def _write(
@@ -261,7 +329,7 @@ def _write(
     }
     dim = settings.dim or embedded.image.shape[1]
     vectors = {side_name: _kept(values, dim) for side_name, values in full_vectors.items()}
-    image_rows, text_rows = _rows(store, loaded, embedded)
+    image_rows, text_rows = index_rows(store, loaded, embedded)
     rows: dict[Part, list[Row]] = {"images": image_rows, "texts": text_rows}
     reports: dict[Part, KindReport] = {}
     with _replacing(out) as folder:
@@ -277,7 +345,7 @@ def _write(
                 dim=dim,
             )
             index.save(folder / f"{modality}.faiss")
-            _write_rows(folder / f"{modality}.jsonl", rows[modality])
+            write_rows(folder / f"{modality}.jsonl", rows[modality])
         dimensions = {
             "n_images": len(rows["images"]),
             "n_texts": len(rows["texts"]),
@@ -355,78 +423,6 @@ def _replacing(out: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _rows(store: FeatureStore, run: Run, embedded: Embeddings) -> tuple[list[Row], list[Row]]:
-    """Return the rows of images and captions.
-
-    An image has its key, its first usable caption (empty without one) and the hash of its file. A
-    caption has the key of its image and its words.
-    """
-    pairs = store.pairs
-    content = _content(store, run)
-    owners = pairs.image_rows[embedded.text_rows]
-    first_text: dict[int, int] = {}
-    texts: list[Row] = []
-    for text_row, image_row in zip(embedded.text_rows, owners, strict=True):
-        first_text.setdefault(int(image_row), text_row)
-        language = str(pairs.languages[text_row])
-        texts.append(
-            {
-                "key": pairs.keys[image_row],
-                "caption": pairs.captions[text_row],
-                **_filled(_labels(pairs, image_row), language=language),
-            }
-        )
-    images: list[Row] = []
-    for image_row in embedded.image_rows:
-        caption = _caption(pairs, first_text.get(int(image_row)))
-        images.append(
-            {
-                "key": pairs.keys[image_row],
-                "caption": caption,
-                "content": content[image_row],
-                **_filled(_labels(pairs, image_row)),
-            }
-        )
-    return images, texts
-
-
-def _labels(pairs: PairTable, image_row: int) -> dict[str, str]:
-    """Return split and label of an image."""
-    return {"split": str(pairs.splits[image_row]), "label": str(pairs.labels[image_row])}
-
-
-def _filled(fields: dict[str, str], **more: str) -> dict[str, str]:
-    """Return the fields that are not empty: most tables have no label and one language."""
-    return {name: value for name, value in {**fields, **more}.items() if value}
-
-
-def _caption(pairs: PairTable, row: int | None) -> str:
-    return "" if row is None else str(pairs.captions[row])
-
-
-def _content(store: FeatureStore, run: Run) -> list[str]:
-    """Return the hash of each image's file when the store's features were made.
-
-    The hashes are empty where the store has none.
-    """
-    if isinstance(run.image, TrainedSide):
-        return find_features(run.image, store, "image").content()
-    # Any array knows the hashes of the files.
-    arrays = store.arrays("image")
-    return arrays[0].content() if arrays else [""] * len(store.pairs.keys)
-
-
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _identity(row: Row) -> tuple[str, str]:
-    """Return what makes a row the same: key and file of an image, key and words of a caption."""
-    # An index without hashes of files has the first caption in their place.
-    return row["key"], row.get("content", row["caption"])
-
-
 def require_head(description: Mapping[str, Any], loaded: Run, out: Path, run: Path) -> None:
     """Require that the index at `out` was made with the heads of `run`.
 
@@ -458,74 +454,3 @@ def require_same(description: Mapping[str, Any], split: str | None, kind: str | 
                 f"{option} {requested}: the index has {recorded}, and --update keeps it; leave "
                 f"{option} out"
             )
-
-
-def read_description(path: Path) -> dict[str, Any]:
-    """Read `index.json`.
-
-    Raises:
-        RunError: no index, or one that is damaged or newer.
-    """
-    file = path / "index.json"
-    if not file.is_file():
-        raise_if_refused(file)
-        raise RunError(
-            f"{path} is not an index{nearest_sibling(path)} "
-            f"(make one with: apecache index RUN --store STORE --out {path})"
-        )
-    try:
-        description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        newer = description["format"] > FORMAT_VERSION
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise RunError(f"{file} is damaged; build the index again") from None
-    if newer:
-        raise RunError(
-            f"{file} has format {description['format']}; this apecache reads up to "
-            f"{FORMAT_VERSION}: upgrade"
-        )
-    return description
-
-
-def kind_of(description: Mapping[str, Any]) -> str:
-    """Return the kind of an index."""
-    # A description without a kind is that of an exact index.
-    return str(description.get("kind", "flat"))
-
-
-def read_report(description: Mapping[str, Any], part: Part) -> KindReport:
-    """Return how the index of a modality was built; exact if the description does not say.
-
-    Raises:
-        RunError: the description is damaged.
-    """
-    exact = {"factory": "Flat", "trained_on": 0, "build_seconds": 0.0}
-    try:
-        report = KindReport(**description.get("built", {}).get(part, exact))
-        if type(report.factory) is not str or type(report.trained_on) is not int:
-            raise TypeError
-        return report
-    except (TypeError, AttributeError):
-        raise RunError(
-            f"index.json is damaged: it does not say how {part} were built; build the index again"
-        ) from None
-
-
-def read_rows(path: Path, part: Part) -> list[dict[str, str]]:
-    """Read the rows of a modality, in the order of the vectors.
-
-    Raises:
-        RunError: they cannot be read.
-    """
-    try:
-        # Only \n ends a line: captions may hold other characters that Python splits at.
-        with (path / f"{part}.jsonl").open(encoding="utf-8", newline="\n") as file:
-            rows = [json.loads(line) for line in file]
-        for row in rows:
-            if not (isinstance(row["key"], str) and isinstance(row["caption"], str)):
-                raise ValueError("a row without key and caption")
-        return rows
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise_if_refused(path / f"{part}.jsonl")
-        raise RunError(
-            f"{path / part}.jsonl cannot be read ({error}); build the index again"
-        ) from None

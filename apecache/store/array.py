@@ -2,9 +2,8 @@
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
@@ -28,6 +27,7 @@ from apecache.store.layout import (
 )
 from apecache.store.quantize import restore
 from apecache.store.records import CommitRecord, digest_commits, read_commits, read_record
+from apecache.store.wide_rows import as_wide
 from apecache.store.writer import ArrayWriter
 
 if TYPE_CHECKING:
@@ -163,11 +163,11 @@ class FeatureArray:
         if target.shape != shape or target.dtype != self.dtype or not target.flags.carray:
             raise ValueError(f"out: expected contiguous, writable {shape} of {self.dtype}")
         layout = self.record.layout
-        with _as_wide(target[: layout.rows], layout.row_shape) as buffer:
+        with as_wide(target[: layout.rows], layout.row_shape) as buffer:
             self._load_shards(commits, read=self._read_features, target=buffer, threads=threads)
         for array, first in self._later:
             segment_rows = target[first : first + array.rows]
-            with _as_wide(segment_rows, array.row_shape) as buffer:
+            with as_wide(segment_rows, array.row_shape) as buffer:
                 array.load(buffer, threads)
         return target
 
@@ -243,7 +243,7 @@ class FeatureArray:
 
     def _read_into(self, shard: "StoredShard", target: NDArray[Any]) -> None:
         array = shard.array
-        with _as_wide(target, array.record.layout.row_shape) as buffer:
+        with as_wide(target, array.record.layout.row_shape) as buffer:
             array._read_features(shard.commit, buffer)
 
     def load_ok(self) -> NDArray[np.bool_]:
@@ -401,24 +401,52 @@ class FeatureArray:
             # The list asks for every result, which raises what a read raised.
             list(pool.map(read_shard, commits.values()))
 
+    def _can_be_read_in_pieces(self, shard: "StoredShard") -> bool:
+        """Return whether `_read_pieces` can read a shard: rows are stored as they are read."""
+        layout = shard.array.record.layout
+        return not layout.scaled and layout.row_shape == self.row_shape
+
+    def _read_pieces(self, shard: "StoredShard", pieces: Sequence[NDArray[Any]]) -> None:
+        """Read the rows of a shard, in order, into several buffers that hold all of them."""
+        views = [piece.data.cast("B") for piece in pieces]
+        shard.array._read_parts(shard.commit, views, "features")
+
     def _read_features(self, commit: CommitRecord, target: NDArray[Any]) -> None:
         if not self.record.layout.scaled:
             self._read_chunk(commit, target, "features")
             return
         values = np.empty(target.shape, np.int8)
         scales = np.empty(target.shape[:-1], np.float32)
+        self._read_scaled(commit, values, scales)
+        restore(values, scales, target)
+
+    def _read_scaled(
+        self,
+        commit: CommitRecord,
+        values: NDArray[np.int8],
+        scales: NDArray[np.float32],
+    ) -> None:
+        """Read the integers of a shard and their scales, as they are stored."""
         self._read_chunk(commit, values, "features")
         self._read_chunk(commit, scales, "scale")
-        restore(values, scales, target)
 
     def _read_chunk(self, commit: CommitRecord, target: NDArray[Any], part_name: str) -> None:
         """Read one chunk file into `target`, and check it."""
+        self._read_parts(commit, [target.data.cast("B")], part_name)
+
+    def _read_parts(
+        self,
+        commit: CommitRecord,
+        views: Sequence[memoryview],
+        part_name: str,
+    ) -> None:
+        """Read one chunk file into buffers, one after another, and check it."""
         name = chunk_name(self.record, part_name, commit.shard)
         expected = commit.objects[name]
-        view = target.data.cast("B")
         # The chunk of the last shard is padded; the padding goes to a buffer of its own.
         # The last 4 bytes of a chunk are its crc32c.
-        padding = memoryview(bytearray(expected.bytes - view.nbytes - 4))
+        n_data = sum(view.nbytes for view in views)
+        padding = memoryview(bytearray(expected.bytes - n_data - 4))
         ending = memoryview(bytearray(4))
         check = 0
         summed = 0
@@ -431,7 +459,7 @@ class FeatureArray:
             summed += block.nbytes
 
         try:
-            count = self.files.read_into(name, [view, padding, ending], add)
+            count = self.files.read_into(name, [*views, padding, ending], add)
         except FileNotFoundError:
             raise self._damaged(commit.shard, name, "is missing") from None
         stored = int.from_bytes(ending, "little")
@@ -481,20 +509,3 @@ class StoredShard:
 
 def _field_types(row: Mapping[str, Any]) -> dict[str, type]:
     return {key: type(value) for key, value in row.items()}
-
-
-@contextmanager
-def _as_wide(target: NDArray[Any], row_shape: tuple[int, ...]) -> Iterator[NDArray[Any]]:
-    """Give a buffer for rows of `row_shape`, which may have fewer tokens than the target.
-
-    If they have, the rows are copied into the target's first tokens afterwards, and the others
-    become 0.
-    """
-    if target.shape[1:] == row_shape:
-        yield target
-        return
-    narrow = np.empty((len(target), *row_shape), target.dtype)
-    yield narrow
-    # Segments of a ragged array differ in their number of tokens; the others are padding.
-    target[:] = 0
-    target[:, : row_shape[0]] = narrow

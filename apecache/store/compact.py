@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from apecache.fingerprint import Modality, digest_strings
 from apecache.storage.files import Files
 from apecache.store.array import FeatureArray
-from apecache.store.gather import ViewArray
+from apecache.store.gather import ViewArray, gathered_scaled
 from apecache.store.layout import (
     SEGMENTS,
     SOURCE,
@@ -89,7 +89,7 @@ def compact_store(files: Files, version: str) -> CompactReport:
     used = {modality: layout.used(modality) for modality in MODALITIES}
     # Rows are copied only if that frees some.
     n_unused = sum(layout.n_rows(name) - len(rows) for name, rows in used.items())
-    if n_unused and layout.can_be_copied():
+    if n_unused:
         block = _copy_rows(layout, used, version)
         _commit_again(files, views, layout, used, block)
         # The new views are committed by now: a crash in between loses nothing.
@@ -156,12 +156,6 @@ class _BlockRows:
         """Return the arrays of all blocks together."""
         first, *later = self.stores
         return FeatureStore(first.files, tuple(later)).arrays(modality)
-
-    def can_be_copied(self) -> bool:
-        """Return whether features can be copied bit by bit: int8 is stored with its scales."""
-        return not any(
-            array.record.layout.scaled for modality in MODALITIES for array in self.arrays(modality)
-        )
 
     def table(self) -> PairTable:
         """Return the tables of all blocks, joined; captions without an image have the row -1."""
@@ -269,14 +263,7 @@ def _copy_array(
     for shard in writer.pending():
         shard_range = layout.shard(shard)
         shard_rows = rows[shard_range.start : shard_range.stop]
-        gathered = ViewArray(
-            files=array.files,
-            record=array.record,
-            appended=array.appended,
-            rows_to_come=array.rows_to_come,
-            view=view,
-            index=shard_rows,
-        )
+        features, scales = _stored_features(array, shard_rows, view)
         quarantined: list[QuarantinedRow] = []
         for new_row, row in zip(shard_range, shard_rows.tolist(), strict=True):
             if row in bad:
@@ -284,12 +271,32 @@ def _copy_array(
                 quarantined.append(QuarantinedRow(**described))
         writer.commit(
             shard,
-            features=gathered.load(),
+            features=features,
             content=[content[row] for row in shard_rows.tolist()],
             quarantined=quarantined,
             lengths=None if lengths is None else lengths[shard_rows],
+            scales=scales,
         )
     writer.seal()
+
+
+def _stored_features(
+    array: FeatureArray,
+    rows: NDArray[np.int64],
+    view: View,
+) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
+    """Return rows of an array as they are stored, and the scales of int8."""
+    if array.record.layout.scaled:
+        return gathered_scaled(array, rows)
+    gathered = ViewArray(
+        files=array.files,
+        record=array.record,
+        appended=array.appended,
+        rows_to_come=array.rows_to_come,
+        view=view,
+        index=rows,
+    )
+    return gathered.load(), None
 
 
 def _commit_again(

@@ -1,5 +1,6 @@
 """Read the features of a view."""
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from numpy.typing import NDArray
 from apecache.fingerprint import Modality
 from apecache.store.array import FeatureArray, StoredShard
 from apecache.store.views import View
+from apecache.store.wide_rows import as_wide
 
 ROWS_OF_RUN = 8
-"""Mean length of a run of rows from which on runs are copied as slices."""
+"""Mean length of a run of rows from which on runs are read straight to their places."""
 MISSING_ROWS = 4096
 """Rows without features that are given at once."""
 
@@ -105,21 +107,68 @@ class ViewArray(FeatureArray):
             raise ValueError(f"out: expected contiguous, writable {shape} of {self.dtype}")
         target[self._without] = np.nan
 
+        # One buffer for each thread: a new one for each shard would cost page faults.
+        buffers = threading.local()
+
         def read(shard: StoredShard) -> None:
             rows, offsets = self._taken(shard)
-            if not len(rows):
-                return
-            first = int(rows[0])
-            # An unchanged part of the table is read straight to its place.
-            if _is_range(offsets, 0, shard.n_rows) and _is_range(rows, first, len(offsets)):
-                self.stored._read_into(shard, target[first : first + len(rows)])
-            else:
-                _copy_rows(self.stored._read_wide(shard), offsets, target, rows)
+            if len(rows) and not self._read_runs(shard, offsets, target, rows):
+                buffer = vars(buffers).get("rows")
+                if buffer is None or len(buffer) < shard.n_rows:
+                    buffer = np.empty((shard.n_rows, *self.row_shape), self.dtype)
+                    buffers.rows = buffer
+                source = buffer[: shard.n_rows]
+                self.stored._read_into(shard, source)
+                target[rows] = source if _is_range(offsets, 0, len(source)) else source[offsets]
 
         with ThreadPoolExecutor(threads or self.files.readers) as pool:
             # The list asks for every result, which raises what a read raised.
             list(pool.map(read, shards))
         return target
+
+    def _read_runs(
+        self,
+        shard: StoredShard,
+        offsets: NDArray[np.int64],
+        target: NDArray[Any],
+        rows: NDArray[np.int64],
+    ) -> bool:
+        """Read `shard[offsets]` straight to `target[rows]`, if most rows stand in order.
+
+        Args:
+            shard: The shard that is read.
+            offsets: Ascending rows of the shard; a row may be there several times.
+            target: Rows of the view.
+            rows: Where each offset goes.
+
+        Returns:
+            False, where nothing was read: the rows are scattered, or stored in another form.
+        """
+        # A content that the view has several times is read to its first place.
+        is_first = np.append(True, np.diff(offsets) > 0)
+        first_offsets = offsets[is_first]
+        first_rows = rows[is_first]
+        is_break = (np.diff(first_rows) != 1) | (np.diff(first_offsets) != 1)
+        begins = np.append(0, np.flatnonzero(is_break) + 1)
+        if len(begins) > max(1, len(first_rows) // ROWS_OF_RUN):
+            return False
+        if not self.stored._can_be_read_in_pieces(shard):
+            return False
+        ends = np.append(begins[1:], len(first_rows))
+        starts = first_offsets[begins]
+        stops = starts + ends - begins
+        gaps = np.append(starts, shard.n_rows) - np.append(0, stops)
+        # Rows that the view lacks are read as well, for the checksum, and dropped.
+        dropped = np.empty((int(gaps.max()), *self.row_shape), self.dtype)
+        pieces: list[NDArray[Any]] = []
+        for gap, row, n_rows in zip(gaps, first_rows[begins], ends - begins, strict=False):
+            pieces += [dropped[:gap], target[row : row + n_rows]]
+        pieces.append(dropped[: gaps[-1]])
+        self.stored._read_pieces(shard, [piece for piece in pieces if len(piece)])
+        if len(first_rows) < len(rows):
+            repeated = rows[~is_first]
+            target[repeated] = target[first_rows[np.cumsum(is_first)[~is_first] - 1]]
+        return True
 
     def load_shards(
         self,
@@ -166,27 +215,6 @@ class ViewArray(FeatureArray):
         return self._order[begin:end], self._sorted[begin:end] - shard.first
 
 
-def _copy_rows(
-    source: NDArray[Any],
-    offsets: NDArray[np.int64],
-    target: NDArray[Any],
-    rows: NDArray[np.int64],
-) -> None:
-    """Copy `source[offsets]` to `target[rows]`, run by run where most rows stand in order."""
-    is_break = (np.diff(rows) != 1) | (np.diff(offsets) != 1)
-    breaks = np.flatnonzero(is_break) + 1
-    if len(breaks) > len(rows) // ROWS_OF_RUN:
-        target[rows] = source if _is_range(offsets, 0, len(source)) else source[offsets]
-        return
-    begin = 0
-    for end in [*breaks.tolist(), len(rows)]:
-        row = int(rows[begin])
-        offset = int(offsets[begin])
-        # A slice is copied once; rows picked one by one are copied twice.
-        target[row : row + end - begin] = source[offset : offset + end - begin]
-        begin = end
-
-
 def gathered_rows(array: FeatureArray, rows: NDArray[np.int64]) -> NDArray[Any]:
     """Read some rows of an array, each at least 0, in this order, [n, *row_shape].
 
@@ -207,6 +235,44 @@ def gathered_rows(array: FeatureArray, rows: NDArray[np.int64]) -> NDArray[Any]:
             offsets = sorted_rows[begin:end] - shard.first
             features[order[begin:end]] = array._read_wide(shard)[offsets]
     return features
+
+
+def gathered_scaled(
+    array: FeatureArray,
+    rows: NDArray[np.int64],
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Read some rows of an int8 array as they are stored: integers and their scales.
+
+    Args:
+        array: The array, not of a view.
+        rows: Rows of the array, ascending.
+
+    Returns:
+        int8 [n, *row_shape] and float32 [n, *row_shape without dim].
+
+    Raises:
+        IncompleteError, DamagedError: As `FeatureArray.load` does.
+    """
+    shape = array.row_shape
+    values = np.empty((len(rows), *shape), np.int8)
+    scales = np.empty((len(rows), *shape[:-1]), np.float32)
+    for shard in array.stored_shards():
+        begin, end = np.searchsorted(rows, (shard.first, shard.first + shard.n_rows)).tolist()
+        if begin == end:
+            continue
+        offsets = rows[begin:end] - shard.first
+        shard_values = np.empty((shard.n_rows, *shape), np.int8)
+        shard_scales = np.empty((shard.n_rows, *shape[:-1]), np.float32)
+        stored_shape = shard.array.record.layout.row_shape
+        # A segment of a ragged array may have fewer tokens than the widest one.
+        with (
+            as_wide(shard_values, stored_shape) as own_values,
+            as_wide(shard_scales, stored_shape[:-1]) as own_scales,
+        ):
+            shard.array._read_scaled(shard.commit, own_values, own_scales)
+        values[begin:end] = shard_values[offsets]
+        scales[begin:end] = shard_scales[offsets]
+    return values, scales
 
 
 def _is_range(rows: NDArray[np.int64], first: int, count: int) -> bool:

@@ -206,6 +206,13 @@ class FeatureStore:
         digests = [self.source["digest"], *(segment.digest for segment in self.segments)]
         return str(digests[0]) if len(digests) == 1 else digest_strings(digests)
 
+    @property
+    def older_view(self) -> str | None:
+        """Return the id of the view where the store has a newer one; None for the newest."""
+        if self.view is None or view_ids(self.files)[-1] == self.view.record.view:
+            return None
+        return self.view.record.view
+
     def view_of(self, digest: object) -> str | None:
         """Return the id of the newest view that has a digest, as a run records it; else None."""
         for view_id in reversed(view_ids(self.files)):

@@ -1,17 +1,21 @@
 """Make a new view of a store from its newest one: with other splits, or without some rows."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from urllib.parse import quote, unquote
 
 import numpy as np
 from numpy.typing import NDArray
 
+from apecache.arguments import AnyPath
+from apecache.data.recorded import recorded_column
 from apecache.data.spec import OpenSpec
 from apecache.data.splits import require_fractions, split_of
-from apecache.errors import DataError, OptionError
+from apecache.errors import DataError
 from apecache.fingerprint import Modality, content_hash, digest_strings
 from apecache.storage.files import Files
 from apecache.store.layout import SEGMENTS
+from apecache.store.near_duplicates import near_images
 from apecache.store.reader import FeatureStore, segment_names
 from apecache.store.table import PairTable, with_columns
 from apecache.store.views import (
@@ -24,7 +28,11 @@ from apecache.store.views import (
 )
 
 GROUPINGS = ("content", "key", "label")
-"""What images of one split have in common with no image of another."""
+"""What images of one split have in common with no image of another; or a column of the table."""
+COLUMN_RULE = "column:"
+"""Begins the grouping of a rule that groups by a column; the quoted name of the column follows."""
+NEAR_RULE = "~"
+"""Stands between a grouping and the cosine of near duplicates."""
 
 
 def first_view(files: Files) -> View:
@@ -72,15 +80,27 @@ def newest_view(files: Files) -> View:
     return view
 
 
-def split_rule(fractions: Sequence[tuple[str, float]], by: str, seed: int) -> str:
+def split_rule(
+    fractions: Sequence[tuple[str, float]],
+    by: str,
+    seed: int,
+    near: float | None = None,
+) -> str:
     """Return how splits are chosen, as a view records it."""
     shares = ",".join(f"{name}={share:g}" for name, share in fractions)
-    return f"{by};{seed};{shares}"
+    # `quote` leaves `~` as it is.
+    quoted = quote(by, safe="").replace(NEAR_RULE, "%7E")
+    grouping = by if by in GROUPINGS else f"{COLUMN_RULE}{quoted}"
+    suffix = "" if near is None else f"{NEAR_RULE}{near:g}"
+    return f"{grouping}{suffix};{seed};{shares}"
 
 
 def parse_rule(rule: str) -> tuple[tuple[tuple[str, float], ...], str, int]:
-    """Parse what `split_rule` returns."""
-    by, seed, shares = rule.split(";", 2)
+    """Parse what `split_rule` returns, without the cosine of near duplicates."""
+    grouping, seed, shares = rule.split(";", 2)
+    by = grouping.partition(NEAR_RULE)[0]
+    if by.startswith(COLUMN_RULE):
+        by = unquote(by.removeprefix(COLUMN_RULE))
     fractions: list[tuple[str, float]] = []
     for split_share in shares.split(","):
         name, _, share = split_share.rpartition("=")
@@ -93,6 +113,9 @@ def split_store(
     fractions: Sequence[tuple[str, float]],
     by: str = "content",
     seed: int = 0,
+    near: float | None = None,
+    features: str | None = None,
+    source: AnyPath | None = None,
 ) -> ViewRecord:
     """Divide the images of the newest view into splits, as a new view.
 
@@ -102,21 +125,33 @@ def split_store(
     Args:
         files: The store.
         fractions: (split, share) pairs whose shares sum to 1.
-        by: What makes a group: `content` (the bytes of an image), `key` or `label`.
+        by: What makes a group: `content` (the bytes of an image), `key`, `label`, or a column of
+            the table that the store was made of. Images without a value there are groups of their
+            own.
         seed: Another seed gives other splits.
+        near: Images whose cosine is at least this, and all that are connected in this way, are in
+            one group. None: only images of equal content are.
+        features: Name of the features that `near` compares; None for the first pooled ones.
+        source: The table, where it is not where the store recorded it.
 
     Raises:
-        OptionError: Fractions or grouping are wrong.
-        DataError: Images are grouped by label, and have none.
+        OptionError: Fractions or `near` are wrong.
+        ManifestError: The table has no such column, or is not there.
+        DataError: Images are grouped by label, and have none; or there are no features to compare.
     """
     require_fractions(tuple(fractions))
-    if by not in GROUPINGS:
-        raise OptionError(f"--by {by}: expected one of {', '.join(GROUPINGS)}")
+    store = FeatureStore.at(files)
+    # Read before anything is written: a wrong column leaves the store as it is.
+    groups = image_groups(
+        store,
+        by,
+        values={} if by in GROUPINGS else recorded_column(store.source, by, source),
+        near=() if near is None else near_images(store, near, features),
+    )
     view = newest_view(files)
-    groups = image_groups(FeatureStore.at(files), by)
     splits = splits_of_groups(groups, fractions, seed)
     table = with_columns(view.table, splits=np.array(splits, dtype=object))
-    return edited_view(files, view, table, splits=split_rule(fractions, by, seed))
+    return edited_view(files, view, table, splits=split_rule(fractions, by, seed, near))
 
 
 def splits_of_groups(
@@ -129,14 +164,27 @@ def splits_of_groups(
     return [split_of(group, spec) for group in groups]
 
 
-def image_groups(store: FeatureStore, by: str) -> list[str]:
+def image_groups(
+    store: FeatureStore,
+    by: str,
+    values: Mapping[str, str] | None = None,
+    near: Sequence[tuple[int, int]] = (),
+) -> list[str]:
     """Return the name of each image's group; groups that share a content are one.
+
+    Args:
+        store: The store.
+        by: As `split_store` takes it.
+        values: Value by key of the column that is not a grouping of the store itself.
+        near: Pairs of images that belong to one group.
 
     Raises:
         DataError: Images are grouped by label, and have none.
     """
+    values = values or {}
     pairs = store.pairs
     contents = image_contents(store)
+    own_names = [content or str(key) for key, content in zip(pairs.keys, contents, strict=True)]
     match by:
         case "key":
             names = [str(key) for key in pairs.keys]
@@ -144,9 +192,14 @@ def image_groups(store: FeatureStore, by: str) -> list[str]:
             names = [str(label) for label in pairs.labels]
             if not all(names):
                 raise DataError(f"{store.path}: images without a label; give --by content")
+        case "content":
+            names = own_names
         case _:
-            names = [content or str(key) for key, content in zip(pairs.keys, contents, strict=True)]
-    return joined_groups(names, contents)
+            names = [
+                values.get(str(key), "") or own_name
+                for key, own_name in zip(pairs.keys, own_names, strict=True)
+            ]
+    return joined_groups(names, contents, near)
 
 
 def image_contents(store: FeatureStore) -> list[str]:
@@ -155,8 +208,18 @@ def image_contents(store: FeatureStore) -> list[str]:
     return arrays[0].content() if arrays else [""] * len(store.pairs.keys)
 
 
-def joined_groups(names: Sequence[str], contents: Sequence[str]) -> list[str]:
-    """Join groups that share a content; each is called by the least of its names."""
+def joined_groups(
+    names: Sequence[str],
+    contents: Sequence[str],
+    near: Sequence[tuple[int, int]] = (),
+) -> list[str]:
+    """Join groups that share a content; each is called by the least of its names.
+
+    Args:
+        names: Group of each image.
+        contents: Content of each image; empty where it is not known.
+        near: Rows of images whose groups are joined as well.
+    """
     parents: dict[str, str] = {}
 
     # Union-find: chains of shared contents join groups that share no content themselves.
@@ -167,12 +230,17 @@ def joined_groups(names: Sequence[str], contents: Sequence[str]) -> list[str]:
             name = parents[name]
         return name
 
+    def join(one: str, other: str) -> None:
+        # The least name wins whatever the order of rows, so a split does not depend on it.
+        least, later = sorted((root(one), root(other)))
+        parents[later] = least
+
     first_name: dict[str, str] = {}
     for name, content in zip(names, contents, strict=True):
         if content:
-            # The least name wins whatever the order of rows, so a split does not depend on it.
-            pair = sorted((root(name), root(first_name.setdefault(content, name))))
-            parents[pair[1]] = pair[0]
+            join(name, first_name.setdefault(content, name))
+    for first, second in near:
+        join(names[first], names[second])
     return [root(name) for name in names]
 
 

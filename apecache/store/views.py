@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from apecache.errors import DamagedError, StoreError, nearest, one_line
+from apecache.errors import DamagedError, OptionError, StoreError, nearest, one_line
 from apecache.fingerprint import Json, Modality, content_hash
 from apecache.storage.files import Files
 from apecache.store.layout import (
@@ -30,6 +30,7 @@ from apecache.store.records import read_record, seal_record
 from apecache.store.table import LazyPairTable, PairTable, checked_image_rows, read_column
 
 VIEW_ID = re.compile(r"[0-9]{4,9}-[0-9a-f]{8}")
+VIEW_NUMBER = re.compile(r"[0-9]+(-.*)?")
 BLOCK_FOLDER = re.compile(rf"(?:{SEGMENTS}/[0-9]{{4,9}})?")
 COPY = "view.json"
 DIMENSIONS: dict[str, Modality] = {"image": "image", "text": "text"}
@@ -395,6 +396,31 @@ def _read_column(files: Files, record: ViewRecord, name: str) -> NDArray[Any]:
         rows=n_rows,
         recorded=record.objects,
     )
+
+
+def name_view(files: Files, view_id: str, name: str) -> ViewRecord:
+    """Give a view another name: it is committed again under its number, and replaces the old one.
+
+    Columns, identity and place among the views stay. An interrupted call leaves both, and the next
+    one finishes.
+
+    Raises:
+        OptionError: The name is empty, looks like an id or a number, or belongs to another view.
+        StoreError, DamagedError: As `commit_view` raises.
+    """
+    if not name.strip() or not name.isprintable() or VIEW_NUMBER.fullmatch(name):
+        raise OptionError(f"name {name!r}: expected a word that is neither a number nor an id")
+    old = open_view(files, view_id)
+    for other_id in view_ids(files):
+        other = read_view_record(files, other_id)
+        if other.name == name and other.digest != old.record.digest:
+            raise OptionError(f"view {other_id} has the name {name!r}; choose another")
+    if old.record.name == name:
+        return old.record
+    renamed = replace(old, record=replace(old.record, name=name, objects={}))
+    record = commit_view(files, renamed, number=view_number(view_id))
+    remove_view(files, view_id)
+    return record
 
 
 def remove_view(files: Files, view_id: str) -> int:

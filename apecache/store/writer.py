@@ -260,10 +260,11 @@ class ArrayWriter:
     def commit(
         self,
         shard: int,
-        features: NDArray[np.floating],
+        features: NDArray[Any],
         content: Sequence[str],
         quarantined: Sequence[QuarantinedRow] = (),
         lengths: NDArray[np.integer] | None = None,
+        scales: NDArray[np.float32] | None = None,
     ) -> CommitRecord:
         """Write one whole shard and its record.
 
@@ -274,6 +275,8 @@ class ArrayWriter:
             content: Hash of each row's input; empty where it could not be read.
             quarantined: Rows that could not be encoded.
             lengths: [rows of the shard], tokens of each row, if the array is ragged.
+            scales: With them, `features` are the int8 of an array as it stores them, so that they
+                are copied bit by bit.
 
         Raises:
             StoreError: The operating system or the storage refused.
@@ -286,7 +289,13 @@ class ArrayWriter:
             raise ValueError(
                 f"shard {shard}: content and quarantined rows must be those of rows {rows}"
             )
-        chunks = self._chunks(shard, features=features, quarantined=quarantined, lengths=lengths)
+        chunks = self._chunks(
+            shard,
+            features=features,
+            quarantined=quarantined,
+            lengths=lengths,
+            scales=scales,
+        )
         payloads = self._payloads(shard, chunks, quarantined)
         objects = {name: _describe(payload) for name, payload in payloads.items()}
         record = CommitRecord(
@@ -392,9 +401,10 @@ class ArrayWriter:
     def _chunks(
         self,
         shard: int,
-        features: NDArray[np.floating],
+        features: NDArray[Any],
         quarantined: Sequence[QuarantinedRow],
         lengths: NDArray[np.integer] | None,
+        scales: NDArray[np.float32] | None,
     ) -> dict[str, NDArray[Any]]:
         """Return full chunks as Zarr expects them.
 
@@ -424,7 +434,10 @@ class ArrayWriter:
         status = chunks["status"]
         # int8 has no NaN: a missing vector has the scale NaN instead.
         nan_marked = chunks["scale" if layout.scaled else "features"]
-        if layout.scaled:
+        if scales is not None:
+            chunk[: len(rows)] = features
+            nan_marked[: len(rows)] = scales
+        elif layout.scaled:
             chunk[: len(rows)], nan_marked[: len(rows)] = quantize(features)
         else:
             chunk[: len(rows)] = features

@@ -227,6 +227,7 @@ def _command(store: FeatureStore, best: Trial, fit: FitSpec, run: Path) -> str:
         "--image-features": (fit.image_features, None),
         "--text-features": (fit.text_features, None),
         "--keep": (fit.keep, None),
+        "--view": (store.older_view, None),
     }
     for name, (value, default) in options.items():
         if value != default:

@@ -92,7 +92,7 @@ class Fit(ABC, Generic[Model]):
         epoch_draws: State of `generator` at the beginning of the present epoch.
         step: Steps done.
         in_epoch: Steps done in the present epoch.
-        losses: Losses of these steps, on the device.
+        losses: Losses of these steps, as `add_loss` keeps them.
         seconds: Time of training and evaluation, without loading.
         saved_step: Step of the last checkpoint.
         step_flops: Operations of one step; None before the first step.
@@ -112,7 +112,7 @@ class Fit(ABC, Generic[Model]):
         self.epoch = 0
         self.step = 0
         self.in_epoch = 0
-        self.losses: list[Tensor] = []
+        self.losses: list[Tensor | float] = []
         self.history: list[dict[str, Any]] = []
         self.best = BestEvaluation()
         self.seconds = 0.0
@@ -120,6 +120,16 @@ class Fit(ABC, Generic[Model]):
         self.evaluation_seconds = 0.0
         self.loading_seconds = 0.0
         self.step_flops: int | None = None
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Keep the loss of a step of the present epoch, without waiting for an accelerator."""
+        # On the CPU as a number: a small tensor that stays among the large ones of a step keeps
+        # their memory from being used again.
+        self.losses.append(loss if is_accelerator(self.device) else float(loss))
+
+    def epoch_losses(self) -> Tensor:
+        """Return the losses of the present epoch, float32 [steps], on the device."""
+        return torch.stack([torch.as_tensor(loss) for loss in self.losses])
 
     @abstractmethod
     def evaluate(self, dev: FeaturePairs) -> RetrievalReport:
@@ -177,7 +187,7 @@ class Fit(ABC, Generic[Model]):
         if is_accelerator(self.device):
             random_states[self.device.type] = generator_states(self.device)[1]
         tensor_groups["random"] = random_states
-        tensor_groups["losses"] = {"epoch": torch.stack(self.losses)} if self.losses else {}
+        tensor_groups["losses"] = {"epoch": self.epoch_losses()} if self.losses else {}
         tensors: dict[str, Tensor] = {}
         for group_name, group_tensors in tensor_groups.items():
             for name, tensor in group_tensors.items():
@@ -220,7 +230,9 @@ class Fit(ABC, Generic[Model]):
                 restore_optimizer(self.optimizer, tensor_groups.get("optimizer", {}))
             self._restore_random(tensor_groups["random"])
             losses = tensor_groups.get("losses", {}).get("epoch", torch.empty(0))
-            self.losses = [loss.to(self.device) for loss in losses.unbind()]
+            self.losses = []
+            for loss in losses.unbind():
+                self.add_loss(loss.to(self.device))
             self.epoch = int(state["epoch"])
             self.step = int(state["step"])
             self.in_epoch = int(state["in_epoch"])

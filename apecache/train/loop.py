@@ -198,7 +198,7 @@ def take_steps(
         step_batches = islice(drawn, plan.accumulate)
         # Steps alone: evaluations and closed forms keep the products of float32.
         with float32_products(training.device, tf32=True):
-            training.losses.append(counted_step(training, step_batches, plan))
+            training.add_loss(counted_step(training, step_batches, plan))
         training.step = training.step + 1
         training.in_epoch = training.in_epoch + 1
         # The end of an epoch is saved once it is evaluated.
@@ -300,7 +300,7 @@ def require_finite(training: Fit[Any]) -> None:
     """
     if not training.losses:
         return
-    losses = torch.stack(training.losses)
+    losses = training.epoch_losses()
     bad_positions = (~torch.isfinite(losses)).nonzero()
     if len(bad_positions):
         first_step = training.step - len(training.losses) + 1
@@ -313,7 +313,7 @@ def require_finite(training: Fit[Any]) -> None:
 
 def _mean_loss(training: Fit[Any]) -> float:
     """Return the mean loss of the present epoch."""
-    return float(torch.stack(training.losses).mean())
+    return float(training.epoch_losses().mean())
 
 
 def _record(

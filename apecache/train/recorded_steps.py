@@ -123,7 +123,7 @@ class RecordedSteps:
                 if training.in_epoch >= plan.per_epoch or training.step >= plan.n_steps:
                     break
                 self._take_step(step_groups)
-                training.losses.append(self.tables.losses[training.in_epoch])
+                training.add_loss(self.tables.losses[training.in_epoch])
                 training.step = training.step + 1
                 training.in_epoch = training.in_epoch + 1
                 # The end of an epoch is saved once it is evaluated.

@@ -1,6 +1,6 @@
 """Edit a table twelve times: only new contents are encoded, and all other features stay the same.
 
-python -m benchmarks.reliability.edits --pairs TABLE… --image ENCODER --text ENCODER [--quick]
+python -m benchmarks.reliability.edits [--pairs TABLE…] [--image ENCODER --text ENCODER] [--quick]
 """
 
 import argparse
@@ -152,8 +152,8 @@ def edits(catalog: Catalog, new_images: Sequence[Path]) -> Iterator[Edit]:
     away.rename(missing)
     yield _written(catalog, Edit(name="and is back"))
 
-    for row in list(catalog.rows[:3]):
-        key = row.image.replace("moved/", "moved/copy-of-")
+    for number, row in enumerate(catalog.rows[:3]):
+        key = f"moved/copy-{number}{Path(row.image).suffix}"
         shutil.copyfile(catalog.folder / row.image, catalog.folder / key)
         catalog.rows.append(replace(row, image=key))
     yield _written(catalog, Edit(name="duplicate rows"))
@@ -278,11 +278,15 @@ def catalog_of(tables: Sequence[Path], folder: Path, n_images: int) -> tuple[Cat
 def main() -> int:
     """Edit a catalog twelve times, print the table, and write the JSON file."""
     parser = argparse.ArgumentParser(description="What twelve edits of a table encode.")
-    parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="tables of the images")
     parser.add_argument(
-        "--image", required=True, help="image encoder, as apecache extract takes it"
+        "--pairs",
+        type=Path,
+        nargs="+",
+        default=[DRAWINGS],
+        help="tables of the images, the first with all of them; default: the demo's drawings",
     )
-    parser.add_argument("--text", required=True, help="text encoder")
+    parser.add_argument("--image", help="image encoder, as apecache extract takes it")
+    parser.add_argument("--text", help="text encoder; without both, the packaged ones")
     parser.add_argument("--images", type=int, default=400, help="images of the catalog")
     parser.add_argument("--quick", action="store_true", help="200 images")
     parser.add_argument("--json", type=Path, help="where to write the result")
@@ -319,9 +323,17 @@ def main() -> int:
             rows.append(row)
     print_table(rows)
     n_wrong = sum(not row["right"] for row in rows)
-    goals = [Goal("edits that encode more, or change a feature", n_wrong, 0, "lower")]
+    goals = [
+        Goal(
+            name="edits that encode more or less than their new contents, or change a feature",
+            value=n_wrong,
+            target=0,
+            better="lower",
+        )
+    ]
     print_goals(goals)
-    write_result("reliability-edits", goals, rows, options.json)
+    if options.json or not options.quick:
+        write_result("reliability-edits", goals=goals, rows=rows, path=options.json)
     return 0
 
 

@@ -398,6 +398,59 @@ def test_splits_are_assigned_and_kept_and_unreadable_rows_are_listed(
     assert "images/red-circle-0.png,missing" in (tmp_path / "bad.csv").read_text()
 
 
+def test_splits_keep_the_values_of_any_column_of_the_table_together(
+    tiny_store: Path,
+    shapes: Path,
+    tmp_path: Path,
+    extract_images: Callable[..., Result],
+) -> None:
+    store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    # The column is the color, which stands in the name of each file.
+    header, *rows = (line.split("\t")[:2] for line in shapes.read_text().splitlines())
+    rows = [[*row, row[0].rpartition("/")[2].partition("-")[0]] for row in rows]
+    lines = ["\t".join([*header, "shoot"]), *("\t".join(row) for row in rows)]
+    shapes.write_text("\n".join(lines) + "\n")
+    assert extract_images(shapes, store).exit_code == 0
+    problem = error_of(call("split", store, "--fraction", "train=.5,val=.5", "--by", "shot"), 3)
+    assert "no column 'shot'" in problem
+    assert "did you mean shoot" in problem
+    told = call_json("split", store, "--fraction", "train=.5,val=.5", "--by", "shoot")
+    assert set(told["splits"]) == {"train", "val"}
+    by_color = splits_of_colors(store)
+    assert all(len(splits) == 1 for splits in by_color.values())
+    # A new picture follows those that have its value.
+    shutil.copy(shapes.parent / rows[0][0], shapes.parent / "images" / "late.png")
+    draw_shape("green", "circle", 50).save(shapes.parent / "images" / "late.png")
+    shapes.write_text("\n".join([*lines, f"images/late.png\ta late one\t{rows[-1][2]}"]) + "\n")
+    assert extract_images(shapes, store).exit_code == 0
+    pairs = FeatureStore.open(store).pairs
+    assert {str(pairs.splits[pairs.row_of_key["images/late.png"]])} == by_color[rows[-1][2]]
+
+
+def splits_of_colors(store: Path) -> dict[str, set[str]]:
+    pairs = FeatureStore.open(store).pairs
+    splits: dict[str, set[str]] = {}
+    for key, split in zip(pairs.keys, pairs.splits, strict=True):
+        color = str(key).rpartition("/")[2].partition("-")[0]
+        splits.setdefault(color, set()).add(str(split))
+    return splits
+
+
+def test_a_view_is_named_and_chosen_by_its_name(
+    tiny_store: Path,
+    shapes: Path,
+    tmp_path: Path,
+) -> None:
+    store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    call_json("split", store, "--fraction", "train=.5,val=.5")
+    assert call("views", "name", store, "0000", "first").exit_code == 0
+    views = call_json("views", "list", store)["views"]
+    assert [view["name"] for view in views] == ["first", ""]
+    assert call_json("info", store, "--view", "first")["view"] == views[0]["view"]
+    assert call_json("info", store)["view"] == views[1]["view"]
+    assert "needs a VIEW and its new name" in error_of(call("views", "name", store, "0000"), 2)
+
+
 def test_images_are_added_and_deleted(
     tiny_store: Path,
     shapes: Path,

@@ -85,9 +85,10 @@ def test_mlflow(command: str, arguments: Arguments, tmp_path: Path) -> None:
     points = expected_points(command, done, tmp_path / "run")
     assert logged.data.metrics["dev/mean_recall"] == pytest.approx(points[-1][1])
     if command != "sweep":
-        assert logged.data.params["name"] == json.loads((tmp_path / "run/recipe.json").read_text())[
-            "name"
-        ]
+        assert (
+            logged.data.params["name"]
+            == json.loads((tmp_path / "run/recipe.json").read_text())["name"]
+        )
 
 
 @pytest.mark.slow

@@ -398,7 +398,7 @@ def test_a_disk_that_is_full_leaves_the_old_index_and_nothing_half_made(
         raise OSError(28, "No space left on device")
 
     before = contents(index.parent)
-    monkeypatch.setattr("apecache.search.index._write_rows", full)
+    monkeypatch.setattr("apecache.search.index.write_rows", full)
     with pytest.raises(OSError, match="No space left"):
         build_index(tiny_run, store, index, overwrite=True)
     assert contents(index.parent) == before

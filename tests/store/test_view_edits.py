@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from tiny import tree
 
-from apecache.errors import DataError, OptionError
+from apecache.errors import DataError, ManifestError, OptionError
+from apecache.fingerprint import Modality
 from apecache.storage.local_files import LocalFiles
 from apecache.store.compact import compact_store
+from apecache.store.gather import ViewArray, gathered_scaled
+from apecache.store.near_duplicates import near_images
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import verify_store
 from apecache.store.view_edits import (
@@ -19,7 +22,8 @@ from apecache.store.view_edits import (
     split_rule,
     split_store,
 )
-from apecache.store.views import remove_view, view_ids
+from apecache.store.views import name_view, remove_view, view_ids
+from benchmarks.made_up_store import write_feature_store
 from benchmarks.reliability.injection import tower
 from benchmarks.reliability.injection.syscalls import intercepted, unsynced
 from benchmarks.reliability.injection.tower import EDITED, MODALITIES, SMALL, TowerSpec
@@ -83,8 +87,88 @@ def test_labels_stay_together(small: LocalFiles) -> None:
     assert len({*zip(pairs.labels, pairs.splits, strict=True)}) == len(set(pairs.labels))
 
 
-def test_a_rule_is_read_back() -> None:
-    assert parse_rule(split_rule(HALVES, "key", 3)) == (HALVES, "key", 3)
+@pytest.mark.parametrize("by", ["content", "key", "a column; of ~ the table"])
+@pytest.mark.parametrize("near", [None, 0.95])
+def test_a_rule_is_read_back(by: str, near: float | None) -> None:
+    assert parse_rule(split_rule(HALVES, by, 3, near)) == (HALVES, by, 3)
+
+
+def near_store(folder: Path) -> FeatureStore:
+    """40 images in 20 pairs of nearly equal features; pairs 0 and 1 are connected by a third."""
+    rng = np.random.default_rng(0)
+    bases = rng.standard_normal((20, 64)).astype(np.float32)
+    noise = rng.standard_normal((40, 64)).astype(np.float32)
+    features = np.repeat(bases, 2, axis=0) + 0.05 * noise
+    return write_feature_store(
+        folder,
+        features,
+        features[:, :8],
+        image_rows=list(range(40)),
+        splits=[""] * 40,
+        bad_images=(39,),
+    )
+
+
+def test_near_duplicates_stay_together(tmp_path: Path) -> None:
+    store = near_store(tmp_path / "store")
+    pairs = near_images(store, 0.95)
+    # The last image has no features, so it is near to none.
+    assert pairs == [(row, row + 1) for row in range(0, 38, 2)]
+    files = LocalFiles(tmp_path / "store")
+    split_store(files, HALVES)
+    apart = FeatureStore.at(files).pairs.splits
+    assert (apart[0:38:2] != apart[1:38:2]).any()
+    record = split_store(files, HALVES, near=0.95)
+    together = FeatureStore.at(files).pairs.splits
+    assert (together[0:38:2] == together[1:38:2]).all()
+    assert set(together) == {"train", "val"}
+    assert record.splits == "content~0.95;0;train=0.5,val=0.5"
+
+
+def test_groups_that_are_near_are_connected() -> None:
+    assert joined_groups(["a", "b", "c", "d"], [""] * 4, [(1, 2), (2, 3)]) == ["a", "b", "b", "b"]
+
+
+def test_near_duplicates_need_features_and_a_cosine(small: LocalFiles, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"near-duplicates 1\.5: expected a cosine"):
+        split_store(small, HALVES, near=1.5)
+    texts_alone = write_feature_store(
+        tmp_path / "texts",
+        np.zeros((4, 2), np.float16),
+        np.ones((4, 2), np.float16),
+        image_rows=[0, 1, 2, 3],
+        splits=[""] * 4,
+        modalities=("text",),
+    )
+    with pytest.raises(DataError, match="need pooled features of images; found: none"):
+        near_images(texts_alone, 0.9)
+
+
+# Names
+
+
+def test_a_view_gets_a_name_and_stays_what_it_is(edited: LocalFiles) -> None:
+    first, last = view_ids(edited)
+    old = FeatureStore.at(edited, first)
+    old_keys = old.pairs.keys.tolist()
+    old_features = old.array("image").load()
+    record = name_view(edited, first, "before")
+    assert (record.name, record.number, record.digest) == ("before", 1, old.digest)
+    assert view_ids(edited) == [record.view, last]
+    named = FeatureStore.at(edited, "before")
+    assert named.pairs.keys.tolist() == old_keys
+    assert np.array_equal(named.array("image").load(), old_features, equal_nan=True)
+    # The same name again changes nothing; another view cannot have it.
+    assert name_view(edited, record.view, "before") == record
+    with pytest.raises(OptionError, match="has the name 'before'; choose another"):
+        name_view(edited, last, "before")
+    assert verify_store(edited.place).problems == ()
+
+
+@pytest.mark.parametrize("name", ["", " ", "12", "0001-1a2b3c4d", "two\nlines"])
+def test_names_that_cannot_be_told_from_ids_are_refused(edited: LocalFiles, name: str) -> None:
+    with pytest.raises(OptionError, match="expected a word"):
+        name_view(edited, view_ids(edited)[0], name)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +181,7 @@ def test_wrong_options_are_refused(
     by: str,
 ) -> None:
     before = tree(Path(small.place))
-    with pytest.raises(OptionError):
+    with pytest.raises((OptionError, ManifestError)):
         split_store(small, fractions, by=by)
     assert tree(Path(small.place)) == before
 
@@ -158,6 +242,47 @@ def test_compaction_frees_what_no_view_needs_and_changes_no_view(edited: LocalFi
     assert verify_store(edited.place).problems == ()
     assert compact_store(edited, "0").n_rows == 0
     assert values(edited) == wanted
+
+
+@pytest.mark.parametrize("tokens", [None, 3])
+def test_features_of_int8_are_compacted_bit_by_bit(tmp_path: Path, tokens: int | None) -> None:
+    """Integers and scales are copied: another rounding would give other features."""
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((50, 8)).astype(np.float16)
+    text = rng.standard_normal((50, 8) if tokens is None else (50, tokens, 8)).astype(np.float16)
+    write_feature_store(
+        tmp_path / "store",
+        image,
+        text,
+        image_rows=list(range(50)),
+        splits=[""] * 50,
+        bad_images=(7,),
+        shard_rows=16,
+        storage="int8",
+        text_lengths=None if tokens is None else np.full(50, 2, np.uint16),
+    )
+    files = LocalFiles(tmp_path / "store")
+    delete_rows(files, lambda table: np.arange(50) % 3 > 0)
+    remove_view(files, view_ids(files)[0])
+    before = FeatureStore.at(files)
+    wanted = [before.array(modality).load() for modality in MODALITIES]
+    stored = stored_integers(before, "image")
+    report = compact_store(files, "0")
+    assert (report.n_rows, report.blocks) == (17 + 17, ("",))
+    after = FeatureStore.at(files)
+    for modality, features in zip(MODALITIES, wanted, strict=True):
+        assert np.array_equal(after.array(modality).load(), features, equal_nan=True)
+    assert stored_integers(after, "image") == stored
+    assert verify_store(files.place).problems == ()
+
+
+def stored_integers(store: FeatureStore, modality: Modality) -> list[bytes]:
+    """Return the integers and scales of a view's rows as they are stored."""
+    array = store.array(modality)
+    plain = array.stored if isinstance(array, ViewArray) else array
+    index = array.index if isinstance(array, ViewArray) else np.arange(array.rows)
+    values, scales = gathered_scaled(plain, index)
+    return [values.tobytes(), scales.tobytes()]
 
 
 def test_compaction_without_unused_rows_does_nothing(edited: LocalFiles) -> None:
