@@ -34,6 +34,8 @@ from apecache.storage.replace import replace_text
 SUITES = ("clip-benchmark", "datacomp-38", "mteb")
 FORMS = "clip-benchmark, clip-benchmark:NAME,…, datacomp-38 or mteb:TASK,…"
 FOLDER = "suites"
+SAME_PROGRAM = {"clip-benchmark": "datacomp-38", "datacomp-38": "clip-benchmark"}
+"""Suites that measure a folder in the same way: a result of one is one of the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,9 @@ def run_suite(
     digest = load_run(run, image=spec.image, text=spec.text).digest
     results = run / FOLDER / f"{kind}.json"
     kept_results = _read(results, digest)
+    if kind in SAME_PROGRAM:
+        others = _read(run / FOLDER / f"{SAME_PROGRAM[kind]}.json", digest)
+        kept_results = {name: row for name, row in others.items() if name in jobs} | kept_results
     models = _Models(run, spec)
     rows: dict[str, SuiteRow] = {}
     for name, job in jobs.items():
@@ -156,7 +161,9 @@ def run_suite(
             kept_results[name] = asdict(row)
             _write(results, digest, kept_results)
         rows[name] = _row(kept_results[name])
-    if not rows:
+    if rows:
+        _write(results, digest, kept_results)
+    else:
         raise DataError("; ".join(failed.values()))
     return _report(kind, rows, failed)
 
