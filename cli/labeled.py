@@ -12,8 +12,8 @@ from .source_options import SourceOptions
 from .terminal import progress, show_table, warn
 
 if TYPE_CHECKING:
-    from apecache.evaluate.baseline import Baseline
     from apecache.encoders.spec import EncoderSpec
+    from apecache.evaluate.baseline import Baseline
     from apecache.evaluate.labeled import LabeledSpec
     from apecache.evaluate.zeroshot import ZeroShotReport, ZeroShotSpec
     from apecache.fingerprint import Modality
