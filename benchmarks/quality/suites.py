@@ -113,6 +113,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--flickr8k", type=Path, help="folder with captions.tsv and images/")
     parser.add_argument("--clothing10", type=Path, help="folder with labels.tsv and photos")
     parser.add_argument("--digits", type=int, default=500, help="of scikit-learn's 1,797")
+    parser.add_argument("--photos", type=int, help="of Flickr8k's split val; default: all")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
@@ -218,7 +219,8 @@ def flickr8k_pairs(options: argparse.Namespace) -> list[tuple[Path, list[str]]]:
         entry = dict(zip(columns, line.split("\t"), strict=True))
         if entry["split"] == "val":
             captions.setdefault(entry["image"], []).append(entry["caption"])
-    return [(options.flickr8k / name, texts) for name, texts in captions.items()]
+    pairs = [(options.flickr8k / name, texts) for name, texts in captions.items()]
+    return pairs[: options.photos]
 
 
 def write_classified(root: Path, data: Classified, labeled: Path) -> None:
