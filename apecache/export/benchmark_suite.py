@@ -34,6 +34,8 @@ from apecache.storage.replace import replace_text
 SUITES = ("clip-benchmark", "datacomp-38", "mteb")
 FORMS = "clip-benchmark, clip-benchmark:NAME,…, datacomp-38 or mteb:TASK,…"
 FOLDER = "suites"
+SAME_PROGRAM = {"clip-benchmark": "datacomp-38", "datacomp-38": "clip-benchmark"}
+"""Suites that measure a folder in the same way: a result of one is one of the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,15 +133,19 @@ def run_suite(
         DataError: no data set could be measured.
         MissingExtraError: the other program is not installed.
     """
-    kind, _, listed = suite.partition(":")
+    program, _, listed = suite.partition(":")
     names = tuple(name.strip() for name in listed.split(",") if name.strip())
-    _require_form(suite, kind, names, data_root)
+    _require_form(suite, program, names, data_root)
     spec = spec or SuiteSpec()
     failed: dict[str, str] = {}
-    jobs = _jobs(kind, names, data_root, spec, failed)
+    jobs = _jobs(program, names, data_root, spec)
     digest = load_run(run, image=spec.image, text=spec.text).digest
-    results = run / FOLDER / f"{kind}.json"
+    results = run / FOLDER / f"{program}.json"
     kept_results = _read(results, digest)
+    if program in SAME_PROGRAM:
+        shared_results = _read(run / FOLDER / f"{SAME_PROGRAM[program]}.json", digest)
+        for name in jobs.keys() & shared_results.keys():
+            kept_results.setdefault(name, shared_results[name])
     models = _Models(run, spec)
     rows: dict[str, SuiteRow] = {}
     for name, job in jobs.items():
@@ -156,9 +162,11 @@ def run_suite(
             kept_results[name] = asdict(row)
             _write(results, digest, kept_results)
         rows[name] = _row(kept_results[name])
-    if not rows:
+    if rows:
+        _write(results, digest, kept_results)
+    else:
         raise DataError("; ".join(failed.values()))
-    return _report(kind, rows, failed)
+    return _report(program, rows, failed)
 
 
 def read_suites(run: Path) -> list[SuiteReport]:
@@ -173,14 +181,14 @@ def read_suites(run: Path) -> list[SuiteReport]:
     return reports
 
 
-def _require_form(suite: str, kind: str, names: tuple[str, ...], data_root: Path | None) -> None:
-    wrong = kind not in SUITES
-    wrong |= kind == "mteb" and not names
-    wrong |= kind == "datacomp-38" and ":" in suite
-    wrong |= kind == "clip-benchmark" and ":" in suite and not names
+def _require_form(suite: str, program: str, names: tuple[str, ...], data_root: Path | None) -> None:
+    wrong = program not in SUITES
+    wrong |= program == "mteb" and not names
+    wrong |= program == "datacomp-38" and ":" in suite
+    wrong |= program == "clip-benchmark" and ":" in suite and not names
     if wrong:
-        raise OptionError(f"--suite {suite}: expected {FORMS}{nearest(kind, SUITES)}")
-    if data_root is None and kind != "mteb":
+        raise OptionError(f"--suite {suite}: expected {FORMS}{nearest(program, SUITES)}")
+    if data_root is None and program != "mteb":
         raise OptionError(
             f"--data-root is missing: give the folder of the data sets of --suite {suite}"
         )
@@ -189,14 +197,13 @@ def _require_form(suite: str, kind: str, names: tuple[str, ...], data_root: Path
 
 
 def _jobs(
-    kind: str,
+    program: str,
     names: tuple[str, ...],
     data_root: Path | None,
     spec: SuiteSpec,
-    failed: dict[str, str],
 ) -> dict[str, _Job]:
-    """Return what is to be measured, by name; fill `failed` with what cannot be found."""
-    if kind == "mteb":
+    """Return what is to be measured, by name."""
+    if program == "mteb":
         return {name: _mteb_job(name, task, data_root) for name, task in find_tasks(names).items()}
     require_clip_benchmark()
     assert data_root is not None
@@ -204,11 +211,11 @@ def _jobs(
         return {name: _built_job(name, data_root, spec) for name in names}
     data_sets = find_data_sets(data_root)
     selected = data_sets
-    if kind == "datacomp-38":
+    if program == "datacomp-38":
         selected = {name: path for name, path in data_sets.items() if name in DATACOMP}
     if not selected:
         raise DataError(
-            f"{data_root} has no data set of {kind}; expected folders with test/nshards.txt "
+            f"{data_root} has no data set of {program}; expected folders with test/nshards.txt "
             f"(found {counted(len(data_sets), 'other data set')})"
         )
     return {name: _folder_job(name, folder, spec) for name, folder in sorted(selected.items())}

@@ -71,7 +71,14 @@ def measure_folder(name: str, folder: Path, triple: OpenClipTriple, device: str)
         num_workers=0,
     )
     task = "zeroshot_retrieval" if data_set.classes is None else "zeroshot_classification"
-    return _measure(name, folder, _Counted(loader, data_set), task, triple, device)
+    return _measure(
+        name,
+        folder=folder,
+        loader=_Counted(loader, data_set),
+        task=task,
+        triple=triple,
+        device=device,
+    )
 
 
 def measure_built(name: str, data_root: Path, triple: OpenClipTriple, device: str) -> SuiteRow:
@@ -121,7 +128,14 @@ def measure_built(name: str, data_root: Path, triple: OpenClipTriple, device: st
         num_workers=0,
         collate_fn=get_dataset_collate_fn(plain_name),
     )
-    return _measure(name, folder, _Counted(loader, data_set), task, triple, device)
+    return _measure(
+        name,
+        folder=folder,
+        loader=_Counted(loader, data_set),
+        task=task,
+        triple=triple,
+        device=device,
+    )
 
 
 def _measure(

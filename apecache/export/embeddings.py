@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from apecache.errors import DataError, MissingExtraError, OptionError, nearest, require_new
 from apecache.evaluate.embeddings import Embeddings, OpenImage, RunSides, embed_store
 from apecache.evaluate.left_out import LeftOut
-from apecache.storage.replace import new_folder
+from apecache.storage.replace import new_folder, replace_text
 from apecache.store.reader import FeatureStore
 
 EmbeddingFormat = Literal["parquet", "clip-retrieval", "lance"]
@@ -25,6 +25,19 @@ BATCH_ROWS = 8192
 """Rows of a row group: vectors of 512 values are 16 MiB."""
 PART_ROWS = 1_000_000
 """Rows of a part in clip-retrieval's layout."""
+
+
+PARQUET_CARD = """---
+configs:
+- config_name: images
+  data_files: images.parquet
+- config_name: texts
+  data_files: texts.parquet
+---
+Embeddings written by `apecache export-embeddings`. Vectors are L2-normalized float32.
+Open a table with `datasets.load_dataset(FOLDER, "images")`.
+"""
+"""Tells `datasets`, and the Hugging Face hub, that the tables have different columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +109,8 @@ def export_embeddings(
                     lance.write_dataset(table, str(scratch / f"{name}.lance"))
                 else:
                     _write_parquet(arrow, batches, scratch / f"{name}.parquet")
+        if to == "parquet":
+            replace_text(scratch / "README.md", PARQUET_CARD)
     return EmbeddingsReport(
         out=out,
         files=tuple(sorted(path.relative_to(out.absolute()).as_posix() for path in _files(out))),

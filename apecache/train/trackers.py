@@ -4,8 +4,9 @@ Each library is an extra. Where it sends the figures is set by its own environme
 WANDB_MODE=offline, TRACKIO_DIR, MLFLOW_TRACKING_URI, ….
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
@@ -135,11 +136,15 @@ def _wandb(project: str, name: str, settings: Mapping[str, str]) -> Iterator[Log
 def _trackio(project: str, name: str, settings: Mapping[str, str]) -> Iterator[Log]:
     import trackio
 
-    run: Any = trackio.init(project=project, name=name, config=dict(settings))
+    # Trackio prints what it does, and standard output is for results.
+    with redirect_stdout(sys.stderr):
+        run: Any = trackio.init(project=project, name=name, config=dict(settings))
     try:
         yield lambda step, figures: run.log(dict(figures), step=step)
     finally:
-        run.finish()
+        with redirect_stdout(sys.stderr):
+            # Not the run's own: Trackio would finish it once more when the process ends.
+            trackio.finish()
 
 
 @contextmanager

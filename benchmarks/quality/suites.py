@@ -113,6 +113,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--flickr8k", type=Path, help="folder with captions.tsv and images/")
     parser.add_argument("--clothing10", type=Path, help="folder with labels.tsv and photos")
     parser.add_argument("--digits", type=int, default=500, help="of scikit-learn's 1,797")
+    parser.add_argument("--photos", type=int, help="of Flickr8k's split val; default: all")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
@@ -137,7 +138,7 @@ def quick_run(work: Path) -> Path:
 def fit_run(options: argparse.Namespace, work: Path) -> Path:
     """Fit a projection on the train split of a store; 500 images of it choose the epoch."""
     run = work / "run"
-    if (run / "heads.json").exists():
+    if (run / "head.json").exists():
         return run
     from apecache.train.head_data import FitSpec
 
@@ -218,11 +219,15 @@ def flickr8k_pairs(options: argparse.Namespace) -> list[tuple[Path, list[str]]]:
         entry = dict(zip(columns, line.split("\t"), strict=True))
         if entry["split"] == "val":
             captions.setdefault(entry["image"], []).append(entry["caption"])
-    return [(options.flickr8k / name, texts) for name, texts in captions.items()]
+    pairs = [(options.flickr8k / name, texts) for name, texts in captions.items()]
+    return pairs[: options.photos]
 
 
 def write_classified(root: Path, data: Classified, labeled: Path) -> None:
     """Write a data set for clip_benchmark, as a folder per class for ours, and for mteb."""
+    # Files that are there already stay: a suite measures again what has other times.
+    if (root / data.name / "classnames.txt").exists():
+        return
     samples = []
     shutil.rmtree(labeled, ignore_errors=True)
     for number, (content, suffix, label) in enumerate(data.images):
@@ -231,14 +236,17 @@ def write_classified(root: Path, data: Classified, labeled: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     write_shard(root / data.name, data.source, samples)
-    (root / data.name / "classnames.txt").write_text("\n".join(data.classes))
     templates = root / data.name / "zeroshot_classification_templates.txt"
     templates.write_text("\n".join(TEMPLATES[data.name]))
     if data.name == "cifar10" and find_spec("mteb"):
         write_for_mteb(root / "mteb" / "cifar10", data)
+    # The last file: it says that all are there.
+    (root / data.name / "classnames.txt").write_text("\n".join(data.classes))
 
 
 def write_captioned(folder: Path, pairs: Sequence[tuple[Path, list[str]]]) -> None:
+    if (folder / "dataset_type.txt").exists():
+        return
     samples = []
     for number, (path, captions) in enumerate(pairs):
         files = {path.suffix: path.read_bytes(), ".txt": "\n".join(captions).encode()}
@@ -288,7 +296,7 @@ def measure(
         each.name: our_accuracy(run, work, root, each.name, TEMPLATES[each.name]) for each in data
     }
     if captioned:
-        ours["retrieval/flickr30k"] = our_recalls(model, captioned)
+        ours["retrieval/flickr30k"] = our_recalls(model, captioned, work)
     rows = []
     for suite in ("clip-benchmark", "datacomp-38"):
         report = run_suite(run, suite, root, progress=print)
@@ -359,12 +367,19 @@ def our_accuracy(
 def our_recalls(
     model: ImageTextModel,
     pairs: Sequence[tuple[Path, list[str]]],
+    work: Path,
 ) -> dict[str, tuple[float, int]]:
     """Return recalls in per cent by the names of clip_benchmark, with their numbers of queries."""
-    image = torch.from_numpy(model.encode_image([path for path, _ in pairs]))
     texts = [text for _, captions in pairs for text in captions]
+    kept = work / "embeddings.npz"
+    if not kept.exists():
+        image = model.encode_image([path for path, _ in pairs])
+        np.savez(kept, image=image, text=model.encode_text(texts))
+    with np.load(kept) as arrays:
+        image = torch.from_numpy(arrays["image"])
+        text = torch.from_numpy(arrays["text"])
     owner = torch.tensor([n for n, (_, captions) in enumerate(pairs) for _ in captions])
-    report = retrieval_report(image, torch.from_numpy(model.encode_text(texts)), owner)
+    report = retrieval_report(image, text, owner)
     recalls = {}
     for name, direction in RECALLS.items():
         n_queries = len(texts) if direction == "text_to_image" else len(pairs)

@@ -245,6 +245,22 @@ def test_a_stand_in_is_named_and_changed_files_are_measured_again(
     assert measured == ["cifar10"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_data_set_of_both_suites_is_measured_once(
+    tiny_run: Path,
+    tmp_path: Path,
+    data_root: Path,
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    measured: list[str] = []
+    first = run_suite(run, "datacomp-38", data_root, progress=measured.append)
+    assert measured == ["cifar10", "retrieval/flickr30k"]
+    second = run_suite(run, "clip-benchmark", data_root, progress=measured.append)
+    assert measured[2:] == ["drawings"]
+    assert all(row in second.rows for row in first.rows)
+    assert {len(report.rows) for report in read_suites(run)} == {2, 3}
+
+
 def test_a_file_lists_suites(tmp_path: Path) -> None:
     path = tmp_path / "suites.txt"
     path.write_text("# ours\nclip-benchmark\n\nmteb:CIFAR10ZeroShot  # one task\n")

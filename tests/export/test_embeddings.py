@@ -36,7 +36,7 @@ def test_every_image_and_caption_has_its_row(
     store = FeatureStore.open(tiny_store)
     report = export_embeddings(heads, store, tmp_path / "out")
     expected = embed_store(heads, store)
-    assert report.files == ("images.parquet", "texts.parquet")
+    assert report.files == ("README.md", "images.parquet", "texts.parquet")
     images = columns_of(tmp_path / "out" / "images.parquet")
     texts = columns_of(tmp_path / "out" / "texts.parquet")
     assert np.array_equal(np.array(images["vector"], np.float32), expected.image.numpy())
@@ -98,7 +98,7 @@ def test_the_command_says_what_it_wrote(tiny_run: Path, tiny_store: Path, tmp_pa
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["n_images"] == 4
-    assert report["files"] == ["images.parquet", "texts.parquet"]
+    assert report["files"] == ["README.md", "images.parquet", "texts.parquet"]
 
 
 def test_lance_opens_its_tables(tiny_run: Path, tiny_store: Path, tmp_path: Path) -> None:
@@ -148,4 +148,47 @@ def test_qdrant_searches_the_parquet_file(
     query = embed_store(heads, store).image[3].tolist()
     hits = client.query_points("images", query=query, limit=1).points
     assert hits[0].payload["key"] == store.pairs.keys[3]
+    client.close()
+
+
+def test_hugging_face_datasets_opens_both_tables(
+    tiny_run: Path,
+    tiny_store: Path,
+    tmp_path: Path,
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    heads = load_heads(tiny_run)
+    store = FeatureStore.open(tiny_store)
+    report = export_embeddings(heads, store, tmp_path / "out")
+    tables = {
+        name: datasets.load_dataset(
+            str(tmp_path / "out"),
+            name,
+            split="train",
+            cache_dir=str(tmp_path / "cache"),
+        )
+        for name in ("images", "texts")
+    }
+    assert tables["images"]["key"][:] == store.pairs.keys.tolist()
+    assert tables["texts"].num_rows == len(store.pairs.captions)
+    vectors = tables["images"].with_format("numpy")["vector"][:]
+    assert vectors.shape == (len(store.pairs.keys), report.dim)
+
+
+def test_milvus_searches_the_parquet_file(
+    tiny_run: Path,
+    tiny_store: Path,
+    tmp_path: Path,
+) -> None:
+    milvus = pytest.importorskip("pymilvus")
+    pytest.importorskip("milvus_lite")
+    heads = load_heads(tiny_run)
+    store = FeatureStore.open(tiny_store)
+    report = export_embeddings(heads, store, tmp_path / "out")
+    client = milvus.MilvusClient(str(tmp_path / "milvus.db"))
+    client.create_collection("images", dimension=report.dim, metric_type="IP", auto_id=True)
+    client.insert("images", parquet.read_table(tmp_path / "out/images.parquet").to_pylist())
+    query = embed_store(heads, store).image[3].tolist()
+    (hits,) = client.search("images", data=[query], limit=1, output_fields=["key"])
+    assert hits[0]["entity"]["key"] == store.pairs.keys[3]
     client.close()

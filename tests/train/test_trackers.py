@@ -110,6 +110,7 @@ def test_a_run_object_gets_every_line_and_is_closed(
 
     module = types.ModuleType(name)
     module.init = init  # type: ignore[attr-defined]
+    module.finish = lambda: runs[-1].finish()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(trackers, "find_spec", lambda _: object())
     with track_fit(f"{name}=mine", "run-0", SETTINGS) as log:
