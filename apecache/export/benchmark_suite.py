@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apecache.arguments import AnyPath, as_path
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, MissingExtraError, OptionError, counted, nearest
 from apecache.export.open_clip_triple import OpenClipTriple, open_clip_triple
@@ -115,9 +116,9 @@ class SuiteReport:
 
 
 def run_suite(
-    run: Path,
+    run: AnyPath,
     suite: str,
-    data_root: Path,
+    data_root: AnyPath,
     image: EncoderSpec | None = None,
     text: EncoderSpec | None = None,
     device: str = "cpu",
@@ -141,6 +142,8 @@ def run_suite(
         DataError: no data set.
         MissingExtraError: clip_benchmark or webdataset is not installed.
     """
+    run = as_path(run, "run")
+    data_root = as_path(data_root, "data_root")
     if suite not in SUITES:
         raise OptionError(
             f"--suite {suite}: expected one of {', '.join(SUITES)}{nearest(suite, SUITES)}"

@@ -8,12 +8,13 @@ and the put-if-absent that commits them. A name is a path relative to the store'
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Buffer = bytes | memoryview
 TEMPORARY = ".tmp-"
 
 
+@runtime_checkable
 class Files(Protocol):
     """Read and write whole objects in one place.
 

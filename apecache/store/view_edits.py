@@ -1,16 +1,18 @@
 """Make a new view of a store from its newest one: with other splits, or without some rows."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from apecache.arguments import AnyPath
 from apecache.data.spec import OpenSpec
 from apecache.data.splits import require_fractions, split_of
 from apecache.errors import DataError, OptionError
 from apecache.fingerprint import Modality, content_hash, digest_strings
 from apecache.storage.files import Files
+from apecache.storage.open import as_files
 from apecache.store.layout import SEGMENTS
 from apecache.store.reader import FeatureStore, segment_names
 from apecache.store.table import PairTable, with_columns
@@ -89,8 +91,8 @@ def parse_rule(rule: str) -> tuple[tuple[tuple[str, float], ...], str, int]:
 
 
 def split_store(
-    files: Files,
-    fractions: Sequence[tuple[str, float]],
+    store: Files | AnyPath,
+    fractions: Sequence[tuple[str, float]] | Mapping[str, float],
     by: str = "content",
     seed: int = 0,
 ) -> ViewRecord:
@@ -100,23 +102,26 @@ def split_store(
     other image. Images of equal content are always in one split.
 
     Args:
-        files: The store.
-        fractions: (split, share) pairs whose shares sum to 1.
+        store: The store: a folder, or a URL of object storage.
+        fractions: Share of each split, `{"train": 0.9, "val": 0.1}` or pairs. They sum to 1.
         by: What makes a group: `content` (the bytes of an image), `key` or `label`.
         seed: Another seed gives other splits.
 
     Raises:
+        StoreError: There is not a store.
         OptionError: Fractions or grouping are wrong.
         DataError: Images are grouped by label, and have none.
     """
-    require_fractions(tuple(fractions))
+    shares = tuple(fractions.items() if isinstance(fractions, Mapping) else fractions)
+    require_fractions(shares)
     if by not in GROUPINGS:
         raise OptionError(f"--by {by}: expected one of {', '.join(GROUPINGS)}")
+    files = as_files(store)
     view = newest_view(files)
     groups = image_groups(FeatureStore.at(files), by)
-    splits = splits_of_groups(groups, fractions, seed)
+    splits = splits_of_groups(groups, shares, seed)
     table = with_columns(view.table, splits=np.array(splits, dtype=object))
-    return edited_view(files, view, table, splits=split_rule(fractions, by, seed))
+    return edited_view(files, view, table, splits=split_rule(shares, by, seed))
 
 
 def splits_of_groups(
