@@ -62,7 +62,9 @@ def shell_lines() -> Iterator[tuple[Path, str]]:
     """Lines of shell blocks, and code spans that begin with a command."""
     for block in ALL_BLOCKS:
         if block.language in SHELL:
-            yield from ((block.page, line) for line in block.text.splitlines() if line.strip())
+            # A backslash at the end of a line continues the command.
+            text = re.sub(r" \\\n\s*", " ", block.text)
+            yield from ((block.page, line) for line in text.splitlines() if line.strip())
     for page in WRITTEN:
         for span in code_spans(page):
             if re.match(r"(apecache|make|python -m) ", span):
