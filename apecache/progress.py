@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from apecache.arguments import require_integer
 from apecache.errors import OptionError
 
 
@@ -51,6 +52,7 @@ def progress_bar(total: int | None = None) -> Callable[[Progress], None]:
     Args:
         total: Number of epochs or trials, if the bar is to show what is left of them.
     """
+    require_integer(total, "total", optional=True)
     bars: dict[str, Any] = {}
 
     def show(progress: Progress) -> None:

@@ -65,7 +65,7 @@ def auto(
     with ending():
         from apecache.auto.budget import parse_duration
         from apecache.auto.ladder import AutoSpec
-        from apecache.auto.ladder import auto as search
+        from apecache.auto.ladder import auto_heads as search
         from apecache.report.auto_page import write_auto_page
         from apecache.store.reader import FeatureStore
         from apecache.train.batches import SplitSpec

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,11 +16,9 @@ from .terminal import ending, show_json, show_table
 if TYPE_CHECKING:
     from apecache.encoders.spec import EncoderSpec
     from apecache.plan.counting import PlanSpec, SidePlan
-    from apecache.plan.counting_shared import TeacherSizes
     from apecache.plan.devices import Device
     from apecache.plan.plan import Cost, Plan
     from apecache.recipes.recipe import Recipe
-    from apecache.recipes.sections import DistillationSpec
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 
@@ -187,17 +184,12 @@ def plan(
     hf:bert-base-uncased --rows 100000 --device H100
     """
     with ending():
-        from apecache.errors import OptionError
         from apecache.plan.devices import find_device
         from apecache.recipes.recipe import load_recipe
 
         # Options and recipes are checked before encoders are opened, which takes seconds.
         spec = _plan_spec(data, machine)
         loaded = [load_recipe(name, set_ or ()) for name in recipe]
-        if data.sample is not None and machine.device != "here":
-            raise OptionError(
-                f"--sample is for --device here, not for --device {machine.device}; leave it out"
-            )
         device = find_device(machine.device)
         encoders = PlanEncoders(
             image=_chosen(model, image, "--image"),
@@ -286,51 +278,21 @@ def _plan(
     device: "Device",
 ) -> "Plan":
     """Return the plan of a recipe."""
-    from apecache.encoders.load import shape_tower
-    from apecache.plan.plan import plan as run
+    from apecache.plan.plan_recipe import plan_recipe
 
     image, text = encoders.specs(recipe, data)
-    # A teacher without a recipe that distills costs nothing.
-    teacher_sizes = None
-    if encoders.teacher and recipe.distillation:
-        teacher_sizes = partial(_teacher_sizes, recipe.distillation, encoders.teacher, spec)
-    clock = None
-    # Only this machine can time steps; a device of the table has a rate alone.
-    if device.name == "here":
-        from apecache.plan.step_timer import StepTimer
-
-        clock = StepTimer(
-            recipe=recipe,
-            image=image,
-            text=text,
-            spec=spec,
-            teacher=teacher_sizes,
-            sample=data.sample,
-        )
-    return run(
+    teacher = None
+    if encoders.teacher:
+        (teacher,) = encoder_specs([encoders.teacher], modality="image", cuts=None, dtype="float32")
+    return plan_recipe(
         recipe,
-        image=partial(shape_tower, image, is_frozen=recipe.towers.is_frozen("image")),
-        text=partial(shape_tower, text, is_frozen=recipe.towers.is_frozen("text")),
+        image=image,
+        text=text,
         spec=spec,
-        device=device,
-        teacher=teacher_sizes,
-        clock=clock,
+        device=device.name,
+        teacher=teacher,
+        sample=data.sample,
     )
-
-
-def _teacher_sizes(
-    distillation: "DistillationSpec",
-    teacher: str,
-    settings: "PlanSpec",
-) -> "TeacherSizes":
-    """Count what a teacher adds to a recipe."""
-    from apecache.encoders.load import count_classes, shape_tower
-    from apecache.plan.counting_shared import count_teacher
-
-    (spec,) = encoder_specs([teacher], modality="image", cuts=None, dtype="float32")
-    # Distilled classes go through the teacher's classifier, which is counted as well.
-    n_classes = count_classes(spec) if distillation.kind == "classes" else None
-    return count_teacher(shape_tower(spec, is_frozen=True), settings, n_classes)
 
 
 def _compare(plans: "list[Plan]", rows: int) -> None:

@@ -348,25 +348,16 @@ def remove(
     Example: apecache remove store minilm-l6
     """
     with ending():
-        from apecache.storage.open import open_files
-        from apecache.store.maintenance import find_array, remove_array
-        from apecache.store.verify import begun_segments
+        from apecache.store.manage import remove_features
 
-        files = open_files(store)
-        modality, array_name = find_array(files, name)
-        # The store itself last: while the array is there, a removal that was interrupted can be
-        # repeated.
-        total = {"objects": 0, "bytes": 0}
-        for folder in (*begun_segments(files), ""):
-            removed = remove_array(files.child(folder), modality, array_name)
-            total["objects"] += removed["objects"]
-            total["bytes"] += removed["bytes"]
+        report = remove_features(store, name)
+        removed = f"{report.modality}/{report.name}"
         if json:
-            show_json({"store": str(store), "removed": f"{modality}/{array_name}", **total})
+            total = {"objects": report.n_objects, "bytes": report.n_bytes}
+            show_json({"store": str(store), "removed": removed, **total})
         else:
             typer.echo(
-                f"removed {modality}/{array_name}: {total['objects']} objects, "
-                f"{total['bytes'] / 1e6:,.1f} MB"
+                f"removed {removed}: {report.n_objects} objects, {report.n_bytes / 1e6:,.1f} MB"
             )
 
 

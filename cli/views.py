@@ -36,31 +36,20 @@ def views(
     """
     with ending():
         choice("ACTION", action, ("list", "name", "remove"))
-        from apecache.errors import OptionError, StoreError
-        from apecache.storage.open import open_files
-        from apecache.store.reader import FeatureStore
-        from apecache.store.views import (
-            find_view,
-            name_view,
-            read_view_record,
-            remove_view,
-            view_ids,
-        )
+        from apecache.errors import OptionError
+        from apecache.store.manage import list_views, remove_views, rename_view
 
-        FeatureStore.open(store)
-        files = open_files(store)
         if action == "list":
             if view:
                 raise OptionError("views list takes no VIEW; leave it out")
-            records = [read_view_record(files, view_id) for view_id in view_ids(files)]
-            show_views(store, records, json)
+            show_views(store, list_views(store), json)
             return
         if action == "name":
             if not view or len(view) != 2:
                 raise OptionError(
                     "views name needs a VIEW and its new name: apecache views name STORE VIEW NAME"
                 )
-            named = name_view(files, find_view(files, view[0]), view[1])
+            named = rename_view(store, view[0], view[1])
             if json:
                 show_json({"store": str(store), **describe_view(named)})
             else:
@@ -68,14 +57,7 @@ def views(
             return
         if not view:
             raise OptionError("views remove needs a VIEW; list them with: apecache views list")
-        ids = [find_view(files, name) for name in view]
-        if view_ids(files)[-1] in ids:
-            raise StoreError(
-                f"{view_ids(files)[-1]} is the newest view, which is in use; extract another table "
-                "first"
-            )
-        for view_id in ids:
-            remove_view(files, view_id)
+        ids = remove_views(store, *view)
         if json:
             show_json({"store": str(store), "removed": ids})
         else:
@@ -163,14 +145,12 @@ def split(
     """
     with ending():
         from apecache.data.splits import parse_fractions
-        from apecache.storage.open import open_files
         from apecache.store.reader import FeatureStore
         from apecache.store.view_edits import split_store
 
         FeatureStore.open(store)
-        files = open_files(store)
         record = split_store(
-            files,
+            store,
             parse_fractions(fraction),
             by=by,
             seed=seed,
@@ -178,7 +158,7 @@ def split(
             features=image_features,
             source=source,
         )
-        split_counts = FeatureStore.at(files).pairs.split_counts()
+        split_counts = FeatureStore.open(store).pairs.split_counts()
         if json:
             show_json({"store": str(store), "view": record.view, "splits": split_counts})
         else:
@@ -195,14 +175,11 @@ def compact(store: Store, json: Json = False) -> None:
     Example: apecache compact store
     """
     with ending():
-        from importlib.metadata import version
-
-        from apecache.storage.open import open_files
         from apecache.store.compact import compact_store
         from apecache.store.reader import FeatureStore
 
         FeatureStore.open(store)
-        report = compact_store(open_files(store), version("apecache"))
+        report = compact_store(store)
         if json:
             show_json({"store": str(store), **vars(report)})
         else:

@@ -89,8 +89,8 @@ def cli_page() -> str:
         *_option_tables(group.params),
     ]
     for name, command in group.commands.items():
-        lines += ["", f"## apecache {name}", "", *_help(command.help or ""), ""]
-        lines += [f"    {_usage(name, command)}", ""]
+        lines += ["", f"## apecache {name}", "", f"`{_usage(name, command)}`", ""]
+        lines += [*_help(command.help or ""), ""]
         lines += _argument_table(command.params)
         lines += _option_tables(command.params)
     return "\n".join(lines) + "\n"
@@ -149,7 +149,8 @@ def _option_tables(parameters: list[Any]) -> list[str]:
             continue
         panel = getattr(option, "rich_help_panel", None) or "Options"
         default = "required" if option.required else _default(option.default)
-        names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+        # The class keeps a name from being broken after its hyphens; see extra.css.
+        names = ", ".join(f"`{name}`{{.option}}" for name in (*option.opts, *option.secondary_opts))
         panels.setdefault(panel, []).append(
             f"| {names} | {default} | {_escape(option.help or '')} |"
         )

@@ -115,7 +115,7 @@ class AutoReport:
 RungProgress = Callable[[RungRecord], None]
 
 
-def auto(
+def auto_heads(
     store: FeatureStore,
     out: AnyPath,
     spec: AutoSpec | None = None,

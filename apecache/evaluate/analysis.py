@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apecache.arguments import require_type
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.encoders.tower import Tower, tower_of
 from apecache.encoders.tower_parameters import TowerParameter
 from apecache.errors import RunError
 from apecache.fingerprint import Modality
-from apecache.runs.encoders import TrainedTower
+from apecache.runs.encoders import TrainedEncoders, TrainedTower
+from apecache.runs.heads import TrainedHeads
 from apecache.runs.load import Run, RunSide
 from apecache.storage.replace import replace_text
 
@@ -66,6 +68,7 @@ def layernorm_shift(
     Raises:
         RunError: no tower of the run was trained, so no norm can have moved.
     """
+    require_type(run, (TrainedEncoders, TrainedHeads), "run")
     sides: tuple[tuple[RunSide, EncoderSpec | None], ...] = ((run.image, image), (run.text, text))
     reports = tuple(
         _report(side, moved, device) for side, moved in sides if isinstance(side, TrainedTower)

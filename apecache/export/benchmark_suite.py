@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from apecache.arguments import AnyPath, as_path
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError, counted, nearest
 from apecache.export.clip_benchmark_sets import (
@@ -110,9 +111,9 @@ def suite_names(suite: str) -> tuple[str, ...]:
 
 
 def run_suite(
-    run: Path,
+    run: AnyPath,
     suite: str,
-    data_root: Path | None,
+    data_root: AnyPath | None,
     spec: SuiteSpec | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> SuiteReport:
@@ -133,6 +134,8 @@ def run_suite(
         DataError: no data set could be measured.
         MissingExtraError: the other program is not installed.
     """
+    run = as_path(run, "run")
+    data_root = None if data_root is None else as_path(data_root, "data_root")
     program, _, listed = suite.partition(":")
     names = tuple(name.strip() for name in listed.split(",") if name.strip())
     _require_form(suite, program, names, data_root)

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.errors import DataError, MissingExtraError, OptionError, nearest, require_new
 from apecache.evaluate.embeddings import Embeddings, OpenImage, RunSides, embed_store
 from apecache.evaluate.left_out import LeftOut
@@ -56,7 +57,7 @@ class EmbeddingsReport:
 def export_embeddings(
     run: RunSides,
     store: FeatureStore,
-    out: Path,
+    out: AnyPath,
     to: EmbeddingFormat = "parquet",
     split: str | None = None,
     open_image: OpenImage | None = None,
@@ -83,6 +84,8 @@ def export_embeddings(
         MismatchError: the store has no features of the run's encoders.
         DataError: no such split, or nothing in it.
     """
+    require_type(store, FeatureStore, "store")
+    out = as_path(out, "out")
     if to not in EMBEDDING_FORMATS:
         formats = ", ".join(EMBEDDING_FORMATS)
         raise OptionError(f"--to {to}: expected one of {formats}{nearest(to, EMBEDDING_FORMATS)}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from apecache.arguments import AnyPath, as_path, require_spec
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import OptionError, nearest, require_new
 from apecache.export.card import exported_card
@@ -65,8 +66,8 @@ class ExportRunReport:
 
 
 def export_run(
-    run: Path,
-    out: Path,
+    run: AnyPath,
+    out: AnyPath,
     spec: ExportRunSpec,
     image: EncoderSpec | None = None,
     text: EncoderSpec | None = None,
@@ -90,6 +91,9 @@ def export_run(
         MismatchError: it is not the one that the run was trained on.
         MissingExtraError: the library of the format is not installed.
     """
+    run = as_path(run, "run")
+    out = as_path(out, "out")
+    require_spec(spec, ExportRunSpec, "spec")
     _require_spec(spec)
     # Before the encoders are loaded: a folder that exists is an early error.
     require_new(out, "folder")

@@ -1,14 +1,14 @@
 """Upload an exported folder to a Hugging Face hub."""
 
 import re
-from pathlib import Path
 
+from apecache.arguments import AnyPath, as_path
 from apecache.errors import OptionError, RunError, one_line
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
-def push_to_hub(folder: Path, repository: str, private: bool = False) -> str:
+def push_to_hub(folder: AnyPath, repository: str, private: bool = False) -> str:
     """Create the repository if there is none, and upload the folder in one commit.
 
     The hub is that of `HF_ENDPOINT`, the token that of `HF_TOKEN` or of `hf auth login`.
@@ -25,6 +25,7 @@ def push_to_hub(folder: Path, repository: str, private: bool = False) -> str:
         OptionError: not the name of a repository.
         RunError: the hub refuses or does not answer.
     """
+    folder = as_path(folder, "folder")
     require_repository(repository)
     import os
 

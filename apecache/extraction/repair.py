@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from apecache.arguments import AnyPath, as_place, require_spec, require_type
 from apecache.data.augment import views_from_json
 from apecache.data.pairs import PairSource
 from apecache.encoders.spec import EncoderSpec
@@ -74,7 +75,7 @@ class RepairReport:
 
 
 def repair(
-    store: str | Path,
+    store: AnyPath,
     source: PairSource,
     spec: ExtractSpec | None = None,
     progress: ExtractionProgress = lambda *_: None,
@@ -96,8 +97,11 @@ def repair(
         MismatchError: an encoder is not that of the store, or a table is lost that cannot be made
             again from `source`; nothing was un-committed.
     """
+    place = as_place(store, "store")
+    require_type(source, PairSource, "source")
+    require_spec(spec, ExtractSpec, "spec", optional=True)
     spec = spec or ExtractSpec()
-    files = open_files(store, spec.single_writer)
+    files = open_files(place, spec.single_writer)
     require_store(files)
     files.prepare()
     tables = LostTables(files=files, source=source)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from apecache.arguments import AnyPath, as_path
+
 FAISS_WHEELS = ("faiss-cpu", "faiss-gpu-cu12", "faiss-gpu-cu11", "faiss-gpu")
 """Wheels that all provide the module `faiss`."""
 DEVELOPMENT_EXTRAS = ("dev", "docs")
@@ -68,7 +70,7 @@ class EnvironmentReport:
     """What does not work or is likely to fail, each with its remedy."""
 
 
-def describe_environment(folder: Path) -> EnvironmentReport:
+def describe_environment(folder: AnyPath = ".") -> EnvironmentReport:
     """Describe this machine.
 
     Args:
@@ -90,7 +92,7 @@ def describe_environment(folder: Path) -> EnvironmentReport:
         if installed_version(wheel):
             faiss[wheel] = installed_version(wheel)
     memory_bytes, available_bytes = _memory()
-    disk_free_bytes = shutil.disk_usage(folder).free
+    disk_free_bytes = shutil.disk_usage(as_path(folder, "folder")).free
     return EnvironmentReport(
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),

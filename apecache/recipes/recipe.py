@@ -250,6 +250,12 @@ def _with_dim(spec: HeadSpec, dim: int) -> HeadSpec:
     return spec.model_copy(update={"dim": dim})
 
 
+def recipe_names() -> list[str]:
+    """Return the names of all packaged recipes: those of heads, then those of towers."""
+    towers = [name for name in tower_zoo_names() if name != FREEZE.rstrip("/")]
+    return [*zoo_names(), *towers, *freeze_names()]
+
+
 def zoo_names() -> list[str]:
     """Return the names of the recipes in `zoo/`, which train no towers, sorted."""
     return _names("zoo")

@@ -3,13 +3,15 @@
 from pathlib import Path
 from statistics import fmean
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.auto.forecast import ForecastReport
 from apecache.auto.ladder import AutoReport
 from apecache.report.page import Chart, Curve, Page, Table, write_page
 
 
-def write_auto_page(report: AutoReport, path: Path) -> Path:
+def write_auto_page(report: AutoReport, path: AnyPath) -> Path:
     """Write what a search tried, what it cost, and why it chose the winner."""
+    require_type(report, AutoReport, "report")
     rungs = Table(
         title="Rungs",
         columns=("rung", "outcome", "seconds", "seconds left"),
@@ -50,11 +52,12 @@ def write_auto_page(report: AutoReport, path: Path) -> Path:
         tables=(rungs, decisions, attempts),
         notes=("Dev recalls chose the candidates, so they are too good. Report on another split.",),
     )
-    return write_page(page, path)
+    return write_page(page, as_path(path, "path"))
 
 
-def write_forecast_page(report: ForecastReport, path: Path) -> Path:
+def write_forecast_page(report: ForecastReport, path: AnyPath) -> Path:
     """Write a learning curve, its continuation and the measured gains."""
+    require_type(report, ForecastReport, "report")
     measured = tuple((float(p.n_images), fmean(p.recalls)) for p in report.curve)
     predicted = tuple((float(p.n_images), p.recall) for p in report.predictions)
     low = tuple((float(p.n_images), p.low) for p in report.predictions)
@@ -89,4 +92,4 @@ def write_forecast_page(report: ForecastReport, path: Path) -> Path:
         charts=(chart,),
         notes=(f"Chance at R@1: {report.chance:.2f} %.",),
     )
-    return write_page(page, path)
+    return write_page(page, as_path(path, "path"))

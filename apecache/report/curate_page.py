@@ -5,6 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.auto.curate import CurateReport, NearCopy, WrongCaption
 from apecache.errors import RowError, counted
 from apecache.report.gallery import Gallery, QueryExample, Result, thumbnail
@@ -20,7 +21,7 @@ PictureOf = Callable[[str], Image.Image]
 
 def write_curate_page(
     report: CurateReport,
-    path: Path,
+    path: AnyPath,
     open_image: PictureOf | None = None,
     commands: tuple[str, ...] = (),
 ) -> Path:
@@ -32,6 +33,7 @@ def write_curate_page(
         open_image: Opens the image of a key; None: the page has no pictures.
         commands: Command lines to show.
     """
+    require_type(report, CurateReport, "report")
     page = Page(
         title="Pairs that need a look",
         subtitle=(
@@ -46,7 +48,7 @@ def write_curate_page(
             "Look before you delete.",
         ),
     )
-    return write_page(page, path)
+    return write_page(page, as_path(path, "path"))
 
 
 def _tables(report: CurateReport) -> tuple[Table, ...]:

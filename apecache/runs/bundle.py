@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from apecache.arguments import AnyPath, as_path
 from apecache.encoders.snapshot import resolve_folder
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import RunError, one_line, require_new
@@ -63,9 +64,9 @@ def bundled_encoders(folder: Path) -> tuple[EncoderSpec | None, EncoderSpec | No
 
 
 def write_bundle(
-    run: Path,
-    out: Path,
-    index: Path | None = None,
+    run: AnyPath,
+    out: AnyPath,
+    index: AnyPath | None = None,
     image: EncoderSpec | None = None,
     text: EncoderSpec | None = None,
 ) -> BundleReport:
@@ -85,6 +86,9 @@ def write_bundle(
         RunError: not a finished run, or an index of another one.
         EncoderError: an encoder cannot be reached.
     """
+    run = as_path(run, "run")
+    out = as_path(out, "out")
+    index = None if index is None else as_path(index, "index")
     require_new(out, "folder")
     final = out.absolute()
     specs: dict[Modality, EncoderSpec] = {

@@ -8,7 +8,7 @@ and the put-if-absent that commits them. A name is a path relative to the store'
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Buffer = bytes | memoryview
 TEMPORARY = ".tmp-"
@@ -16,6 +16,7 @@ PutStaged = Callable[[Iterable[str]], None]
 """Put staged objects of these names in their places; they are durable when it returns."""
 
 
+@runtime_checkable
 class Files(Protocol):
     """Read and write whole objects in one place.
 

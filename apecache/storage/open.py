@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from apecache.arguments import AnyPath, as_place
 from apecache.storage.bucket import is_object_url, require_known_scheme
 from apecache.storage.files import Files
 from apecache.storage.local_files import LocalFiles
@@ -24,3 +25,12 @@ def open_files(place: str | Path, alone: bool = False) -> Files:
 
         return open_objects(str(place), alone)
     return LocalFiles(Path(place))
+
+
+def as_files(store: Files | AnyPath) -> Files:
+    """Return an argument that is a store, as its files; raises as `open_files` does.
+
+    Args:
+        store: Files that are open already, a folder, or a URL.
+    """
+    return store if isinstance(store, Files) else open_files(as_place(store, "store"))

@@ -7,13 +7,16 @@ newest view whole, and an interrupted compaction is finished, or undone, by the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from apecache.arguments import AnyPath
 from apecache.fingerprint import Modality, digest_strings
 from apecache.storage.files import Files
+from apecache.storage.open import as_files
 from apecache.store.array import FeatureArray
 from apecache.store.gather import ViewArray, gathered_scaled
 from apecache.store.layout import (
@@ -24,7 +27,7 @@ from apecache.store.layout import (
     segment_record_name,
     with_metadata,
 )
-from apecache.store.maintenance import recorded_arrays, remove_array
+from apecache.store.maintenance import recorded_arrays, remove_array, require_store
 from apecache.store.reader import FeatureStore
 from apecache.store.records import read_record
 from apecache.store.table import PairTable, join_tables, read_contents, read_table
@@ -63,20 +66,23 @@ class CompactReport:
     """Folders of the removed blocks."""
 
 
-def compact_store(files: Files, version: str) -> CompactReport:
+def compact_store(store: Files | AnyPath, version: str | None = None) -> CompactReport:
     """Free what no view needs.
 
     Nobody else may write to the store meanwhile, unless it has file locks.
 
     Args:
-        files: The store.
-        version: Version of apecache, for Zarr's attributes.
+        store: The store: a folder, or a URL of object storage.
+        version: Version of apecache, for Zarr's attributes; None: the one that is installed.
 
     Raises:
-        StoreError: The store has no views.
+        StoreError: There is not a store.
         IncompleteError: Features of a view are not complete.
         DamagedError: The store is damaged.
     """
+    files = as_files(store)
+    require_store(files)
+    version = version or metadata.version("apecache")
     before = sum(files.sizes("").values())
     # Without views every row of the store is in use.
     ids = view_ids(files)

@@ -1,8 +1,8 @@
 """Copy a store between object storage and a disk, and verify the copy."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
+from apecache.arguments import AnyPath, as_place
 from apecache.errors import DamagedError, StoreError
 from apecache.fingerprint import content_hash
 from apecache.storage.files import TEMPORARY, Files
@@ -12,7 +12,7 @@ from apecache.store.reader import FeatureStore, segment_names
 from apecache.store.verify import VerifyReport, verify_files
 
 
-def copy_store(store: str | Path, to: str | Path, alone: bool = False) -> VerifyReport:
+def copy_store(store: AnyPath, to: AnyPath, alone: bool = False) -> VerifyReport:
     """Copy every object of a store, and verify the copy.
 
     Objects that an interrupted copy has written are not fetched again. A new copy cannot be opened
@@ -27,8 +27,9 @@ def copy_store(store: str | Path, to: str | Path, alone: bool = False) -> Verify
         StoreError: There is not a store, or `to` holds something else.
         DamagedError: The copy does not verify.
     """
+    store = as_place(store, "store")
     opened = FeatureStore.physical(open_files(store))
-    target = open_files(to, alone)
+    target = open_files(as_place(to, "to"), alone)
     names = [name for name in opened.files.sizes("") if not _is_temporary(name)]
     target_names = {name for name in target.sizes("") if not _is_temporary(name)}
     if strange := sorted(target_names - set(names)):

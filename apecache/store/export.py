@@ -2,13 +2,13 @@
 
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from apecache.arguments import AnyPath, as_path, require_type
 from apecache.errors import DataError, MissingExtraError
 from apecache.fingerprint import Modality
 from apecache.storage.replace import new_file, new_folder
@@ -18,7 +18,7 @@ from apecache.store.reader import FeatureStore
 MAX_TEXT_BYTES = 4 << 30
 
 
-def export_npz(store: FeatureStore, out: Path) -> list[str]:
+def export_npz(store: FeatureStore, out: AnyPath) -> list[str]:
     """Write one file with every array of the store, one array in memory at a time.
 
     `image_key`, `image_split`, `image_label`, `text_caption`, `text_language` are fixed-width
@@ -34,9 +34,10 @@ def export_npz(store: FeatureStore, out: Path) -> list[str]:
         DamagedError: The store is damaged.
         DataError: Captions are too long for fixed-width strings.
     """
+    require_type(store, FeatureStore, "store")
     names = []
     with (
-        new_file(out) as scratch,
+        new_file(as_path(out, "out")) as scratch,
         zipfile.ZipFile(scratch, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
     ):
         for name, array in _npz_arrays(store):
@@ -68,7 +69,7 @@ def _npz_arrays(store: FeatureStore) -> Iterator[tuple[str, NDArray[Any]]]:
             yield f"{array.record.modality}.{array.name}.length", lengths
 
 
-def export_parquet(store: FeatureStore, out: Path) -> list[str]:
+def export_parquet(store: FeatureStore, out: AnyPath) -> list[str]:
     """Write `out/images.parquet` and `out/texts.parquet`, one row per image and per caption.
 
     Features are columns of fixed-size lists, named as the arrays; null where a row has none.
@@ -81,6 +82,8 @@ def export_parquet(store: FeatureStore, out: Path) -> list[str]:
         IncompleteError: Extraction has not finished.
         DamagedError: The store is damaged.
     """
+    require_type(store, FeatureStore, "store")
+    out = as_path(out, "out")
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from apecache.arguments import AnyPath, as_place
 from apecache.errors import ApecacheError, DamagedError, StoreError
 from apecache.fingerprint import Modality, content_hash
 from apecache.storage.files import TEMPORARY, Files
@@ -50,21 +51,21 @@ class VerifyReport:
 
 
 def verify_store(
-    path: str | Path,
+    store: AnyPath,
     progress: Progress = lambda _: None,
     threads: int | None = None,
 ) -> VerifyReport:
     """Read and hash every object, also those of appended segments.
 
     Args:
-        path: Folder or URL of the store.
+        store: Folder or URL of the store.
         progress: Called with the bytes of every object that was hashed.
         threads: Number of parallel reads; None for as many as are worth it where the store is.
 
     Raises:
-        StoreError: There is not a store at `path`, or it has a newer format.
+        StoreError: There is not a store, or it has a newer format.
     """
-    return verify_files(open_files(path), progress, threads)
+    return verify_files(open_files(as_place(store, "store")), progress, threads)
 
 
 def verify_files(

@@ -14,6 +14,7 @@ from apecache.data.splits import require_fractions, split_of
 from apecache.errors import DataError
 from apecache.fingerprint import Modality, content_hash, digest_strings
 from apecache.storage.files import Files
+from apecache.storage.open import as_files
 from apecache.store.layout import SEGMENTS
 from apecache.store.near_duplicates import near_images
 from apecache.store.reader import FeatureStore, segment_names
@@ -109,8 +110,8 @@ def parse_rule(rule: str) -> tuple[tuple[tuple[str, float], ...], str, int]:
 
 
 def split_store(
-    files: Files,
-    fractions: Sequence[tuple[str, float]],
+    store: Files | AnyPath,
+    fractions: Sequence[tuple[str, float]] | Mapping[str, float],
     by: str = "content",
     seed: int = 0,
     near: float | None = None,
@@ -123,8 +124,8 @@ def split_store(
     other image. Images of equal content are always in one split.
 
     Args:
-        files: The store.
-        fractions: (split, share) pairs whose shares sum to 1.
+        store: The store: a folder, or a URL of object storage.
+        fractions: Share of each split, `{"train": 0.9, "val": 0.1}` or pairs. They sum to 1.
         by: What makes a group: `content` (the bytes of an image), `key`, `label`, or a column of
             the table that the store was made of. Images without a value there are groups of their
             own.
@@ -135,23 +136,26 @@ def split_store(
         source: The table, where it is not where the store recorded it.
 
     Raises:
+        StoreError: There is not a store.
         OptionError: Fractions or `near` are wrong.
         ManifestError: The table has no such column, or is not there.
         DataError: Images are grouped by label, and have none; or there are no features to compare.
     """
-    require_fractions(tuple(fractions))
-    store = FeatureStore.at(files)
+    shares = tuple(fractions.items() if isinstance(fractions, Mapping) else fractions)
+    require_fractions(shares)
+    files = as_files(store)
+    opened = FeatureStore.at(files)
     # Read before anything is written: a wrong column leaves the store as it is.
     groups = image_groups(
-        store,
+        opened,
         by,
-        values={} if by in GROUPINGS else recorded_column(store.source, by, source),
-        near=() if near is None else near_images(store, near, features),
+        values={} if by in GROUPINGS else recorded_column(opened.source, by, source),
+        near=() if near is None else near_images(opened, near, features),
     )
     view = newest_view(files)
-    splits = splits_of_groups(groups, fractions, seed)
+    splits = splits_of_groups(groups, shares, seed)
     table = with_columns(view.table, splits=np.array(splits, dtype=object))
-    return edited_view(files, view, table, splits=split_rule(fractions, by, seed, near))
+    return edited_view(files, view, table, splits=split_rule(shares, by, seed, near))
 
 
 def splits_of_groups(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from apecache.auto.budget import parse_duration
-from apecache.auto.ladder import AutoReport, AutoSpec, auto
+from apecache.auto.ladder import AutoReport, AutoSpec, auto_heads
 from apecache.evaluate.comparison import compare_hits
 from apecache.evaluate.embeddings import embed_store
 from apecache.metrics.protocols import retrieval_hits
@@ -47,7 +47,7 @@ def main() -> None:
             splits=splits,
             device="cpu",
         )
-        report = auto(store, work / "search", spec)
+        report = auto_heads(store, work / "search", spec)
         rows = compared(store, report, splits=splits, options=options, work=work)
     print_table(rows)
     met = [

@@ -11,7 +11,7 @@ from planted_pairs import Planted
 
 import apecache.auto.ladder as ladder
 from apecache.auto.budget import open_state, parse_duration
-from apecache.auto.ladder import AutoReport, AutoSpec, auto
+from apecache.auto.ladder import AutoReport, AutoSpec, auto_heads
 from apecache.errors import MismatchError, OptionError, RunError
 from apecache.evaluate.embeddings import embed_store
 from apecache.report.auto_page import write_auto_page
@@ -30,7 +30,7 @@ SPEC = AutoSpec(budget_seconds=0.01, splits=SplitSpec(dev="val"), device="cpu")
 @pytest.fixture(scope="module")
 def report(clean: Planted, tmp_path_factory: pytest.TempPathFactory) -> AutoReport:
     """A search whose budget is used up at once: every rung does the least."""
-    return auto(clean.store, tmp_path_factory.mktemp("search") / "out", SPEC)
+    return auto_heads(clean.store, tmp_path_factory.mktemp("search") / "out", SPEC)
 
 
 def test_every_rung_says_what_it_tried_and_what_is_left(report: AutoReport) -> None:
@@ -114,7 +114,7 @@ def test_a_finished_search_is_read_again_and_fits_nothing(
         raise AssertionError("fitted again")
 
     monkeypatch.setattr(ladder, "fit_head", refuse)
-    again = auto(clean.store, report.out, SPEC)
+    again = auto_heads(clean.store, report.out, SPEC)
     assert again.chosen == report.chosen
     assert again.commands == report.commands
 
@@ -137,10 +137,10 @@ def test_an_interrupted_search_resumes(
 
     monkeypatch.setattr(ladder, "fit_head", fail_after_five)
     with pytest.raises(KeyboardInterrupt):
-        auto(clean.store, tmp_path / "out", SPEC)
+        auto_heads(clean.store, tmp_path / "out", SPEC)
     state = json.loads((tmp_path / "out" / "auto.json").read_text())
     assert state["spent_seconds"] > 0
-    resumed = auto(clean.store, tmp_path / "out", SPEC)
+    resumed = auto_heads(clean.store, tmp_path / "out", SPEC)
     assert resumed.chosen == report.chosen
 
 
@@ -151,10 +151,10 @@ def test_another_search_in_the_folder_is_refused(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(MismatchError, match="another search"):
-        auto(planted.store, report.out, SPEC)
+        auto_heads(planted.store, report.out, SPEC)
     (tmp_path / "x").write_text("")
     with pytest.raises(RunError, match="not a search"):
-        auto(clean.store, tmp_path, SPEC)
+        auto_heads(clean.store, tmp_path, SPEC)
     (tmp_path / "auto.json").write_text("{")
     with pytest.raises(RunError, match="damaged"):
         open_state(tmp_path, {}, 1.0)
@@ -182,4 +182,4 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
 
 def test_a_store_is_needed(tmp_path: Path) -> None:
     with pytest.raises(OptionError):
-        auto(tmp_path, tmp_path / "out")  # type: ignore[arg-type]
+        auto_heads(tmp_path, tmp_path / "out")  # type: ignore[arg-type]

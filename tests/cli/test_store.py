@@ -234,7 +234,7 @@ def test_a_removal_interrupted_between_segments_can_be_repeated(
     monkeypatch: pytest.MonkeyPatch,
     stop: int,
 ) -> None:
-    import apecache.store.maintenance as mend
+    import apecache.store.manage as mend
 
     real = mend.remove_array
     calls = iter(range(stop))

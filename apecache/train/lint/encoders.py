@@ -5,11 +5,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from apecache.arguments import AnyPath, as_path, require_spec, require_type
 from apecache.device import resolve_device
 from apecache.encoders.spec import EncoderSpec, spec_from_json
 from apecache.errors import MismatchError, RunError
 from apecache.fingerprint import Json, Modality
-from apecache.recipes.recipe import Recipe, parse_recipe
+from apecache.recipes.recipe import Recipe, as_recipe, parse_recipe
 from apecache.runs.encoders import DESCRIPTION, WEIGHTS, read_description, read_tensors
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
@@ -24,15 +25,19 @@ from apecache.train.tower_fit import EncoderFit
 
 
 def lint_encoder_plan(
-    recipe: Recipe,
+    recipe: Recipe | AnyPath,
     store: FeatureStore,
-    spec: FitEncoderSpec,
+    spec: FitEncoderSpec | None = None,
     open_image: OpenImage | None = None,
 ) -> list[Finding]:
     """Check the fit that `fit_encoder` would begin.
 
     Raises as `fit_encoder` does before it trains.
     """
+    recipe = as_recipe(recipe)
+    require_type(store, FeatureStore, "store")
+    require_spec(spec, FitEncoderSpec, "spec", optional=True)
+    spec = spec or FitEncoderSpec()
     require_sensible(recipe, spec, ALONE)
     setup = set_up(
         store,
@@ -45,9 +50,9 @@ def lint_encoder_plan(
 
 
 def lint_encoder_run(
-    run: Path,
-    store: FeatureStore | None,
-    report_split: str,
+    run: AnyPath,
+    store: FeatureStore | None = None,
+    report_split: str = "test",
     open_image: OpenImage | None = None,
 ) -> list[Finding]:
     """Check a finished run of `fit_encoder`.
@@ -64,6 +69,7 @@ def lint_encoder_run(
 
     Also raises what `fit_encoder` raises before it trains.
     """
+    run = as_path(run, "run")
     description = read_description(run)
     # The description may be of an older version, or edited by hand.
     try:

@@ -2,14 +2,14 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
+from apecache.arguments import AnyPath, as_path, require_spec, require_type
 from apecache.errors import MismatchError, RunError
 from apecache.evaluate.embeddings import find_features
 from apecache.losses.registry import build_temperature
-from apecache.recipes.recipe import Recipe, parse_recipe
+from apecache.recipes.recipe import Recipe, as_recipe, parse_recipe
 from apecache.runs.heads import TrainedHeads, load_heads
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
@@ -24,7 +24,7 @@ from apecache.train.pooling import cached_array, require_pooling
 
 
 def lint_plan(
-    recipe: Recipe,
+    recipe: Recipe | AnyPath,
     store: FeatureStore | None = None,
     spec: FitSpec | None = None,
 ) -> list[Finding]:
@@ -38,6 +38,9 @@ def lint_plan(
     Raises:
         RecipeError, IncompleteError, DamagedError: As `fit_head` does.
     """
+    recipe = as_recipe(recipe)
+    require_type(store, FeatureStore, "store", optional=True)
+    require_spec(spec, FitSpec, "spec", optional=True)
     # Without a store only what the recipe says can be checked.
     if store is None:
         return list(lint_recipe(recipe))
@@ -67,7 +70,7 @@ def lint_plan(
 
 
 def lint_run(
-    run: Path,
+    run: AnyPath,
     store: FeatureStore | None = None,
     report_split: str = "test",
 ) -> list[Finding]:
@@ -82,6 +85,7 @@ def lint_run(
         RunError: There is no such run.
         MismatchError: The store is not the one that the run was trained on.
     """
+    run = as_path(run, "run")
     heads = load_heads(run)
     # The description may be of an older version, or edited by hand.
     try:
