@@ -106,7 +106,17 @@ class WriteOptions(OptionGroup):
         int | None,
         typer.Option(
             min=1,
-            help="Captions per batch; part of the store's record. Default: 64, on CUDA 256.",
+            help="Captions per batch at most; part of the store's record. Default: 64, on CUDA "
+            "as many as --text-batch-tokens allows.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
+    text_batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens per batch of captions at most, padding included; part of the store's "
+            "record. Default: no limit, on CUDA 16384 unless --text-batch is given.",
             rich_help_panel=ADVANCED,
         ),
     ] = None
@@ -131,8 +141,8 @@ class WriteOptions(OptionGroup):
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Run image encoders with torch.compile; part of the store's record. Default: "
-            "only for long runs, if a measurement shows a gain.",
+            help="Run encoders with torch.compile; part of the store's record. Default: only "
+            "image encoders, for long runs, if a measurement shows a gain.",
             rich_help_panel=ADVANCED,
         ),
     ] = None
@@ -241,6 +251,7 @@ def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> 
         text=texts,
         image_batch=write.image_batch,
         text_batch=write.text_batch,
+        text_batch_tokens=write.text_batch_tokens,
         shard_rows=write.shard_rows,
         storage_dtype=storage_dtype,
         workers=write.workers,

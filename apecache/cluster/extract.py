@@ -22,7 +22,8 @@ from apecache.cluster.pool import ActorPool, RaySpec, node_name, open_pool
 from apecache.cluster.task_state import ShardReport, ShardRequest, Task, TaskState, fill
 from apecache.data.pairs import PairSource
 from apecache.errors import EngineError, OptionError
-from apecache.extraction.encode import ImageJob, TextJob
+from apecache.extraction.encode import ImageJob
+from apecache.extraction.encode_texts import TextJob
 from apecache.extraction.precision import with_precision
 from apecache.extraction.recheck import spot_check
 from apecache.extraction.report import (
@@ -266,9 +267,9 @@ class _Encoding:
             return ShardReport()
         (encoded,) = job.shards([piece.shard], lambda _: None)
         writers = [ArrayWriter(segment.files, target.record) for target in job.targets]
-        for writer, features, lacks in zip(writers, encoded.features, lacking, strict=True):
+        for target_index, (writer, lacks) in enumerate(zip(writers, lacking, strict=True)):
             if lacks:
-                commit_shard(writer, piece.shard, features, encoded, job)
+                commit_shard(writer, piece.shard, target_index, encoded, job)
         return ShardReport(n_bad=len(encoded.bad), n_truncated=encoded.n_truncated)
 
     def _check(self, task: Task, files: Files, job: ImageJob | TextJob) -> None:

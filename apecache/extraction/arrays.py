@@ -5,7 +5,7 @@ Decide which arrays to fill and how they are laid out, and refuse what does not 
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 
@@ -33,6 +33,9 @@ from apecache.store.writer import create_array
 
 CPU_BATCH: dict[Modality, int] = {"image": 32, "text": 64}
 CUDA_BATCH = 256
+CUDA_BATCH_TOKENS = 16_384
+MAX_CAPTIONS = 4096
+"""Most captions of a batch that is limited by its tokens."""
 MIN_SHARD_ROWS = 256
 MAX_SHARD_ROWS = 4096
 SHARD_SECONDS = 60
@@ -84,8 +87,7 @@ def prepare_arrays(
     if not like and new_encoders:
         compile_new = decide_compiled(
             new_encoders,
-            rows=layouts[0].rows,
-            batch=layouts[0].batch_size,
+            layout=new_layouts[0],
             requested=spec.compiled,
         )
         if compile_new:
@@ -186,7 +188,7 @@ def _new_record(
     fingerprint = _fingerprint(
         encoder,
         spec=spec,
-        batch=layout.batch_size,
+        batch=_Batching(size=layout.batch_size, tokens=layout.batch_tokens),
         compiled=layout.compiled,
     )
     record = ArrayRecord(
@@ -229,7 +231,7 @@ def _find_array(
     existing = store.arrays(encoder.spec.modality)
     name = array_name(encoder, spec)
     # Batch size and compilation are not compared here, so any values will do.
-    asked_fields = _fingerprint(encoder, spec=spec, batch=0, compiled=False).fields
+    asked_fields = _fingerprint(encoder, spec=spec, batch=_Batching(size=0), compiled=False).fields
     identity = _kind(asked_fields)
     same_name = None
     same_encoder = None
@@ -255,11 +257,13 @@ def _kind(fields: Mapping[str, Json]) -> Json:
 def _fingerprint(
     encoder: ImageEncoder | TextEncoder,
     spec: ExtractSpec,
-    batch: int,
+    batch: "_Batching",
     compiled: bool,
 ) -> Fingerprint:
     """Return the identity of an array: its encoder's, how it is stored, and its views."""
-    storage: Json = {"dtype": spec.storage_dtype, "batch_size": batch}
+    storage: Json = {"dtype": spec.storage_dtype, "batch_size": batch.size}
+    if batch.tokens is not None:
+        storage["batch_tokens"] = batch.tokens
     if compiled:
         storage["compile"] = "inductor"
     fields: Json = {"encoder": encoder.fingerprint.fields, "storage": storage}
@@ -279,12 +283,17 @@ def _require_same(
     Batch size and compilation are taken as recorded where they are not asked for.
     """
     recorded = array.record
+    # Whether a text encoder can be compiled is found out when its array is made.
     compiled_option = spec.compiled if isinstance(encoder, ImageEncoder) else None
     compiled = recorded.layout.compiled if compiled_option is None else compiled_option
+    recorded_batching = _Batching(
+        size=recorded.layout.batch_size,
+        tokens=recorded.layout.batch_tokens,
+    )
     expected = _fingerprint(
         encoder,
         spec=spec,
-        batch=spec.batch(encoder) or recorded.layout.batch_size,
+        batch=_asked_batching(encoder, spec) or recorded_batching,
         compiled=compiled,
     )
     differences = expected.difference(recorded.fingerprint)
@@ -313,15 +322,15 @@ def _layouts(
     """
     if not encoders:
         return []
-    batch_size = spec.batch(encoders[0]) or _default_batch(encoders[0])
+    batching = _asked_batching(encoders[0], spec) or _default_batching(encoders[0])
     names = [array_name(encoder, spec) for encoder in encoders]
     unsharded = [
-        _layout(encoder, rows=rows, size=batch_size, spec=spec, captions=captions)
+        _layout(encoder, rows=rows, batching=batching, spec=spec, captions=captions)
         for encoder in encoders
     ]
     shard_rows = spec.shard_rows
     if shard_rows is None and not all(name in like for name in names):
-        shard_rows = _calibrated_rows(encoders, batch_size, captions)
+        shard_rows = _calibrated_rows(encoders, batching, captions)
     # The array with the widest rows limits all of them.
     max_shard_rows = min(max(1, MAX_SHARD_BYTES // layout.row_bytes) for layout in unsharded)
     new_shard_rows = max(1, min(shard_rows or 1, rows, max_shard_rows))
@@ -334,9 +343,32 @@ def _layouts(
     return layouts
 
 
-def _default_batch(encoder: ImageEncoder | TextEncoder) -> int:
-    """Return the batch size of new arrays where none is asked for."""
-    return CUDA_BATCH if is_accelerator(encoder.device) else CPU_BATCH[encoder.spec.modality]
+@dataclass(frozen=True, kw_only=True)
+class _Batching:
+    """Limit the batches of an array."""
+
+    size: int
+    """Images, or most captions."""
+    tokens: int | None = None
+    """Most tokens of a batch of captions."""
+
+
+def _asked_batching(encoder: ImageEncoder | TextEncoder, spec: ExtractSpec) -> _Batching | None:
+    """Return the limits that are asked for, if any."""
+    size = spec.batch(encoder)
+    tokens = spec.text_batch_tokens if isinstance(encoder, TextEncoder) else None
+    if size is None and tokens is None:
+        return None
+    return _Batching(size=size or MAX_CAPTIONS, tokens=tokens)
+
+
+def _default_batching(encoder: ImageEncoder | TextEncoder) -> _Batching:
+    """Return the limits of new arrays where none are asked for."""
+    if not is_accelerator(encoder.device):
+        return _Batching(size=CPU_BATCH[encoder.spec.modality])
+    if isinstance(encoder, TextEncoder):
+        return _Batching(size=MAX_CAPTIONS, tokens=CUDA_BATCH_TOKENS)
+    return _Batching(size=CUDA_BATCH)
 
 
 def _as_before(layout: ArrayLayout, like: ArrayLayout) -> ArrayLayout:
@@ -346,6 +378,7 @@ def _as_before(layout: ArrayLayout, like: ArrayLayout) -> ArrayLayout:
         layout,
         shard_rows=max(1, min(like.shard_rows, layout.rows, max_shard_rows)),
         batch_size=like.batch_size,
+        batch_tokens=like.batch_tokens,
         threads=like.threads,
         compiled=like.compiled,
     )
@@ -354,7 +387,7 @@ def _as_before(layout: ArrayLayout, like: ArrayLayout) -> ArrayLayout:
 def _layout(
     encoder: ImageEncoder | TextEncoder,
     rows: int,
-    size: int,
+    batching: _Batching,
     spec: ExtractSpec,
     captions: Sequence[str],
 ) -> ArrayLayout:
@@ -372,7 +405,8 @@ def _layout(
         dim=encoder.dim,
         dtype=spec.storage_dtype,
         shard_rows=1,
-        batch_size=size,
+        batch_size=batching.size,
+        batch_tokens=batching.tokens,
         threads=torch.get_num_threads(),
         views=n_views,
         tokens=n_tokens,
@@ -382,7 +416,7 @@ def _layout(
 
 def _calibrated_rows(
     encoders: Sequence[ImageEncoder | TextEncoder],
-    batch: int,
+    batching: _Batching,
     captions: Sequence[str],
 ) -> int:
     """Return the rows of about a minute of encoding, as a power of two.
@@ -391,6 +425,8 @@ def _calibrated_rows(
     """
     # Cuts of one model share their forward pass.
     models = {id(encoder.module): encoder for encoder in encoders}
+    # Timed on a batch of usual size: how many captions fit into so many tokens varies.
+    batch = batching.size if batching.tokens is None else min(batching.size, CUDA_BATCH)
 
     def encode_batch() -> None:
         for encoder in models.values():

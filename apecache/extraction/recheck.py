@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from apecache.encoders.encoder import TextEncoder
 from apecache.errors import MismatchError, RowError
-from apecache.extraction.encode import ArrayTarget, ImageJob, TextJob
+from apecache.extraction.encode import ArrayTarget, ImageJob
+from apecache.extraction.encode_texts import TextJob
 from apecache.extraction.spec import LEAST_TOLERANCE
 from apecache.fingerprint import content_hash
 from apecache.storage.files import Files

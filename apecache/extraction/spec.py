@@ -69,6 +69,10 @@ class ExtractSpec:
     """As `image`."""
     image_batch: int | None = None
     text_batch: int | None = None
+    text_batch_tokens: int | None = None
+    """Most tokens of a batch of captions, padding included: a batch has more captions where they
+    are short. None: for new arrays 16,384 on accelerators, unless `text_batch` is given; on a CPU
+    only `text_batch` limits a batch."""
     shard_rows: int | None = None
     storage_dtype: Literal["float16", "float32", "int8"] = "float16"
     workers: int | None = None
@@ -92,8 +96,9 @@ class ExtractSpec:
     views: Views | None = None
     """Augmentations to encode in place of each image."""
     compiled: bool | None = None
-    """Run image encoders by TorchInductor, unless the cut is after a block. None: for 4,096 images
-    and ten minutes of encoding or more, if a measured compiled batch takes less than 0.9 of the
+    """Run encoders by TorchInductor, unless the cut is after a block. Captions are then padded to
+    one of a few lengths, each of which is compiled. None: image encoders only, for 4,096 images and
+    ten minutes of encoding or more, if a measured compiled batch takes less than 0.9 of the
     time."""
     precision: Precision | None = None
     """Precision of all encoders. None: for arrays that the store has, theirs; for new ones that of
