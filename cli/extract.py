@@ -146,6 +146,15 @@ class WriteOptions(OptionGroup):
             rich_help_panel=ADVANCED,
         ),
     ] = None
+    decode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="Where JPEG files are decoded: cpu, or cuda, whose pixels differ; part of the "
+            "store's record. cuda needs --resize torchvision. Default: cpu.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
     max_bad: MaxBad = 0.01
     single_writer: SingleWriter = False
 
@@ -195,6 +204,8 @@ def extract(
         # Options and the source are checked before the imports of torch, which take seconds.
         choice("--precision", encoders.precision, PRECISIONS)
         choice("--storage", write.storage, ("float16", "float32", "int8"))
+        if write.decode is not None:
+            choice("--decode", write.decode, ("cpu", "cuda"))
         from apecache.data.sources import open_pairs
 
         cluster = ray_spec(ray)
@@ -245,6 +256,7 @@ def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> 
     keep_freed_memory()
     # `choice` has checked it; the type of the field is a Literal, which an option is not.
     storage_dtype: Any = write.storage
+    decode: Any = write.decode
     precision: Any = None if encoders.precision == "auto" else encoders.precision
     return ExtractSpec(
         image=images,
@@ -252,6 +264,7 @@ def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> 
         image_batch=write.image_batch,
         text_batch=write.text_batch,
         text_batch_tokens=write.text_batch_tokens,
+        decode=decode,
         shard_rows=write.shard_rows,
         storage_dtype=storage_dtype,
         workers=write.workers,

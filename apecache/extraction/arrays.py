@@ -17,6 +17,11 @@ from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, 
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import MismatchError, StoreError
 from apecache.extraction.compilation import _require_compiler, decide_compiled
+from apecache.extraction.device_decoding import (
+    DecodeDevice,
+    decode_device,
+    require_device_decoding,
+)
 from apecache.extraction.encode import encode_or_halve
 from apecache.extraction.spec import ExtractSpec
 from apecache.fingerprint import Fingerprint, Json, Modality, describe_difference
@@ -150,6 +155,7 @@ def arrays_and_layouts(
 
     Raises:
         MismatchError: as `prepare_arrays`.
+        OptionError: images are to be decoded on a device that cannot.
     """
     names = [array_name(encoder, spec) for encoder in encoders]
     existing: list[FeatureArray | None] = []
@@ -159,6 +165,9 @@ def arrays_and_layouts(
         existing.append(array)
         if array is None:
             new_encoders.append(encoder)
+        decode = spec.decode if array is None else decode_device(array.record)
+        if decode == "cuda" and isinstance(encoder, ImageEncoder):
+            require_device_decoding(encoder, of_views=spec.views is not None)
     new_layouts = _layouts(new_encoders, rows=rows, spec=spec, like=like, captions=captions)
     remaining_layouts = iter(new_layouts)
     layouts: list[ArrayLayout] = []
@@ -190,6 +199,7 @@ def _new_record(
         spec=spec,
         batch=_Batching(size=layout.batch_size, tokens=layout.batch_tokens),
         compiled=layout.compiled,
+        decode=spec.decode,
     )
     record = ArrayRecord(
         modality=encoder.spec.modality,
@@ -231,7 +241,13 @@ def _find_array(
     existing = store.arrays(encoder.spec.modality)
     name = array_name(encoder, spec)
     # Batch size and compilation are not compared here, so any values will do.
-    asked_fields = _fingerprint(encoder, spec=spec, batch=_Batching(size=0), compiled=False).fields
+    asked_fields = _fingerprint(
+        encoder,
+        spec=spec,
+        batch=_Batching(size=0),
+        compiled=False,
+        decode=None,
+    ).fields
     identity = _kind(asked_fields)
     same_name = None
     same_encoder = None
@@ -259,6 +275,7 @@ def _fingerprint(
     spec: ExtractSpec,
     batch: "_Batching",
     compiled: bool,
+    decode: DecodeDevice | None,
 ) -> Fingerprint:
     """Return the identity of an array: its encoder's, how it is stored, and its views."""
     storage: Json = {"dtype": spec.storage_dtype, "batch_size": batch.size}
@@ -267,6 +284,8 @@ def _fingerprint(
     if compiled:
         storage["compile"] = "inductor"
     fields: Json = {"encoder": encoder.fingerprint.fields, "storage": storage}
+    if decode == "cuda" and isinstance(encoder, ImageEncoder):
+        fields["decode"] = "cuda"
     if spec.views and isinstance(encoder, ImageEncoder):
         fields["views"] = spec.views.to_json()
     return Fingerprint(fields=fields)
@@ -295,6 +314,7 @@ def _require_same(
         spec=spec,
         batch=_asked_batching(encoder, spec) or recorded_batching,
         compiled=compiled,
+        decode=spec.decode or decode_device(recorded),
     )
     differences = expected.difference(recorded.fingerprint)
     if differences:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apecache.data.augment import Views
-from apecache.data.decoding import Preprocessed, preprocess_ahead, reading_ahead
+from apecache.data.decoding import Decode, Preprocessed, open_decoders, reading_ahead
 from apecache.data.images import LoadedImage, load_as, load_image
 from apecache.data.tensors import decode_tensor
 from apecache.device import HostCopy, is_accelerator, release_cached_memory
@@ -25,6 +25,7 @@ from apecache.encoders.encoder import ImageEncoder, TextEncoder, compile_images,
 from apecache.encoders.preprocess import Preprocess
 from apecache.encoders.whole_view import whole_view
 from apecache.errors import RowError
+from apecache.extraction.device_decoding import decode_device, open_device_decoders
 from apecache.extraction.segments import BlockInputs, Inputs
 from apecache.store.layout import ArrayLayout, ArrayRecord
 
@@ -128,21 +129,34 @@ class ImageJob:
             indices: of the shards.
             advance: called with the number of rows of every encoded batch.
         """
-        shards = [self.layout.shard(index) for index in indices]
-        keys: list[str] = []
-        for rows in shards:
-            keys += [self.key(row) for row in rows]
-        # One decoder for all shards, so that it prefetches across their boundaries.
-        with self.decode(keys) as decoded:
-            for rows in shards:
-                use_threads(self.layout)
-                yield self._encode(rows, decoded, advance)
+        with self.decoders() as decode:
+            yield from self.shards_by(decode, indices, advance)
 
-    def decode(
+    def shards_by(
         self,
-        keys: Sequence[str],
-    ) -> AbstractContextManager[Iterator[Preprocessed[list[Tensor]]]]:
-        """Preprocess images in the order of `keys`, at most two batches ahead of the consumer."""
+        decode: Decode,
+        indices: Sequence[int],
+        advance: Advance,
+    ) -> Iterator[EncodedShard]:
+        """Encode shards as `shards` does, by decoders that are open."""
+        shards = [self.layout.shard(index) for index in indices]
+        all_rows = [row for rows in shards for row in rows]
+        # One call for all shards, so that decoders prefetch across their boundaries.
+        decoded = decode(all_rows)
+        for rows in shards:
+            use_threads(self.layout)
+            yield self._encode(rows, decoded, advance)
+
+    def decoders(self) -> AbstractContextManager[Decode]:
+        """Start decoders of the source's rows, at most two batches ahead of the consumer."""
+        if self.decodes_on_device:
+            return open_device_decoders(
+                self.source.keys,
+                media=self.source.media,
+                rules=self.source.pixels,
+                encoders=[first.encoder for first, *_ in self.models],
+                layout=self.layout,
+            )
         n_images_ahead = 2 * self.layout.batch_size + self.workers
         ahead = reading_ahead(
             self.source.media,
@@ -151,8 +165,8 @@ class ImageJob:
             hang_seconds=self.hang_seconds,
         )
         shapes = [(self.n_views, *first.encoder.input_shape) for first, *_ in self.models]
-        return preprocess_ahead(
-            keys,
+        return open_decoders(
+            self.source.keys,
             load=self.load,
             preprocess=self.preprocess,
             shapes=shapes,
@@ -192,10 +206,17 @@ class ImageJob:
 
         That is a quarter of the bytes. A CPU has nothing to send, and of views nothing is cropped.
         """
+        if self.decodes_on_device:
+            return torch.uint8
         encoders = [first.encoder for first, *_ in self.models]
         in_two_steps = all(encoder.pixel_preprocess is not None for encoder in encoders)
         sends_bytes = in_two_steps and is_accelerator(encoders[0].device) and self.views is None
         return torch.uint8 if sends_bytes else torch.float32
+
+    @property
+    def decodes_on_device(self) -> bool:
+        """Return whether the device decodes the images, and not the CPU."""
+        return decode_device(self.targets[0].record) == "cuda"
 
     @property
     def n_views(self) -> int:
@@ -222,7 +243,13 @@ class ImageJob:
         """Return the batches of pixels of each model, for all shards: pinning memory is slow."""
         size = self.layout.batch_size
         return [
-            _PixelBuffers(targets, size=size, views=self.n_views, dtype=self.pixel_dtype)
+            _PixelBuffers(
+                targets,
+                size=size,
+                views=self.n_views,
+                dtype=self.pixel_dtype,
+                on_device=self.decodes_on_device,
+            )
             for targets in self.models
         ]
 
@@ -297,16 +324,21 @@ class _PixelBuffers:
         size: int,
         views: int,
         dtype: torch.dtype,
+        on_device: bool,
     ) -> None:
         encoder = targets[0].encoder
+        shape = (size, views, *encoder.input_shape)
+        self.turn = 0
+        # Pixels that the device has decoded stay there.
+        if on_device:
+            self.buffers = [torch.zeros(shape, dtype=dtype, device=encoder.device)]
+            return
         # Beside an accelerator one pinned batch is filled while the other is copied and encoded.
         pinned = is_accelerator(encoder.device)
         n_buffers = 2 if pinned else 1
-        shape = (size, views, *encoder.input_shape)
         self.buffers = [
             torch.zeros(shape, dtype=dtype, pin_memory=pinned) for _ in range(n_buffers)
         ]
-        self.turn = 0
 
     def next(self) -> Tensor:
         """Return a batch of zeros to fill; the buffers take turns."""
@@ -366,7 +398,10 @@ def image_jobs(
 ) -> list[ImageJob]:
     """Return one job for all arrays that are laid out alike: it decodes each image once."""
     jobs: list[ImageJob] = []
-    for group in alike(targets, lambda target: target.encoder.spec.resize):
+    for group in alike(
+        targets,
+        lambda target: (target.encoder.spec.resize, decode_device(target.record)),
+    ):
         job = ImageJob(
             source=source,
             targets=tuple(group),

@@ -273,8 +273,8 @@ def _time_images(job: ImageJob) -> float:
     batch_size = job.layout.batch_size
     rows = _spread(len(job.source), CALIBRATION_BATCHES * batch_size)
     begin = time.perf_counter()
-    with job.decode([job.key(row) for row in rows]) as decoded:
-        for _ in decoded:
+    with job.decoders() as decode:
+        for _ in decode(rows):
             pass
     decoding_seconds = (time.perf_counter() - begin) / len(rows)
     models: list[list[ImageEncoder]] = []

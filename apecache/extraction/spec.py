@@ -8,6 +8,7 @@ from apecache.arguments import AnyPath, require_type
 from apecache.data.augment import Views
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.spec import EncoderSpec, Precision
+from apecache.extraction.device_decoding import DecodeDevice
 from apecache.extraction.shard_range import WHOLE, ShardRange
 from apecache.fingerprint import Json
 
@@ -100,6 +101,9 @@ class ExtractSpec:
     one of a few lengths, each of which is compiled. None: image encoders only, for 4,096 images and
     ten minutes of encoding or more, if a measured compiled batch takes less than 0.9 of the
     time."""
+    decode: DecodeDevice | None = None
+    """Where JPEG files are decoded: on the CPU, or by nvJPEG on CUDA, whose pixels differ. None:
+    for arrays that the store has, where theirs were; for new ones on the CPU."""
     precision: Precision | None = None
     """Precision of all encoders. None: for arrays that the store has, theirs; for new ones that of
     each `EncoderSpec` unless it is float32; on a CPU float32; else the fastest one whose features
