@@ -252,6 +252,7 @@ class _WorkerPool:
         self.work = work
         self.ring = ring
         self.n_taken = 0
+        self.held: int | None = None
         self.hang_seconds = hang_seconds
         self.tick = min(TICK_SECONDS, hang_seconds / 4)
         self.workers: dict[int, _WorkerProcess] = {}
@@ -269,16 +270,25 @@ class _WorkerPool:
 
     def results(self, items: Sequence[int]) -> Iterator[Result]:
         """Yield the results of these items; all results of the call before have been taken."""
+        # A consumer that counts never comes back after the last result of a call.
+        self._release()
         self.ring.allow(items[: self.ring.ahead])
         for index in range(len(items)):
             position = self.n_taken
             while not (message := self.ring.message(position)):
                 self._wait()
-            yield self._result(position, message)
-            self.ring.free(position)
             self.n_taken += 1
+            self.held = position
+            yield self._result(position, message)
+            self._release()
             next_index = index + self.ring.ahead
             self.ring.allow(items[next_index : next_index + 1])
+
+    def _release(self) -> None:
+        """Give the slot of the last result back."""
+        if self.held is not None:
+            self.ring.free(self.held)
+            self.held = None
 
     def _result(self, position: int, message: bytes) -> Result:
         outcome = json.loads(message)

@@ -331,7 +331,7 @@ def test_the_command_on_a_cluster_makes_the_bytes_of_the_local_engine(
         ["extract", "pairs.tsv", "--store", "there", *encoders, *sizes, *ray],
     )
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[-1].startswith("144 rows encoded in ")
+    assert result.stdout.splitlines()[-1].startswith("72 rows encoded in ")
     assert tree(Path("there")) == tree(Path("here"))
 
 
