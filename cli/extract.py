@@ -106,7 +106,17 @@ class WriteOptions(OptionGroup):
         int | None,
         typer.Option(
             min=1,
-            help="Captions per batch; part of the store's record. Default: 64, on CUDA 256.",
+            help="Captions per batch at most; part of the store's record. Default: 64, on CUDA "
+            "as many as --text-batch-tokens allows.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
+    text_batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens per batch of captions at most, padding included; part of the store's "
+            "record. Default: no limit, on CUDA 16384 unless --text-batch is given.",
             rich_help_panel=ADVANCED,
         ),
     ] = None
@@ -131,8 +141,17 @@ class WriteOptions(OptionGroup):
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Run image encoders with torch.compile; part of the store's record. Default: "
-            "only for long runs, if a measurement shows a gain.",
+            help="Run encoders with torch.compile; part of the store's record. Default: only "
+            "image encoders, for long runs, if a measurement shows a gain.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = None
+    decode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="Where JPEG files are decoded: cpu, or cuda, whose pixels differ; part of the "
+            "store's record. cuda needs --resize torchvision. Default: cpu.",
             rich_help_panel=ADVANCED,
         ),
     ] = None
@@ -185,6 +204,8 @@ def extract(
         # Options and the source are checked before the imports of torch, which take seconds.
         choice("--precision", encoders.precision, PRECISIONS)
         choice("--storage", write.storage, ("float16", "float32", "int8"))
+        if write.decode is not None:
+            choice("--decode", write.decode, ("cpu", "cuda"))
         from apecache.data.sources import open_pairs
 
         cluster = ray_spec(ray)
@@ -235,12 +256,15 @@ def extract_spec(encoders: EncoderOptions, write: WriteOptions, device: str) -> 
     keep_freed_memory()
     # `choice` has checked it; the type of the field is a Literal, which an option is not.
     storage_dtype: Any = write.storage
+    decode: Any = write.decode
     precision: Any = None if encoders.precision == "auto" else encoders.precision
     return ExtractSpec(
         image=images,
         text=texts,
         image_batch=write.image_batch,
         text_batch=write.text_batch,
+        text_batch_tokens=write.text_batch_tokens,
+        decode=decode,
         shard_rows=write.shard_rows,
         storage_dtype=storage_dtype,
         workers=write.workers,

@@ -11,6 +11,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,11 @@ import torch
 from apecache.arguments import AnyPath, as_place, require_spec, require_type
 from apecache.cluster.pool import ActorPool, RaySpec, node_name, open_pool
 from apecache.cluster.task_state import ShardReport, ShardRequest, Task, TaskState, fill
+from apecache.data.decoding import Decode
 from apecache.data.pairs import PairSource
 from apecache.errors import EngineError, OptionError
-from apecache.extraction.encode import ImageJob, TextJob
+from apecache.extraction.encode import EncodedShard, ImageJob
+from apecache.extraction.encode_texts import TextJob
 from apecache.extraction.precision import with_precision
 from apecache.extraction.recheck import spot_check
 from apecache.extraction.report import (
@@ -208,6 +211,10 @@ class _Encoding:
         self.totals = new_totals(list(part_of_folder.values()), self.encoders)
         self.opened: dict[str | Path, _Segment] = {}
         self.checked: set[tuple[str | Path, Modality, int]] = set()
+        # Decoders stay from one shard to the next: to start processes takes as long as many images.
+        self.open_decoders = ExitStack()
+        self.decoded_job: ImageJob | None = None
+        self.decode: Decode | None = None
 
     def do(self, piece: str | ShardRequest) -> list[Task] | ShardReport | None:
         """Load (nothing is left to do then), prepare the arrays, or encode one shard."""
@@ -264,12 +271,34 @@ class _Encoding:
         ]
         if not any(lacking):
             return ShardReport()
-        (encoded,) = job.shards([piece.shard], lambda _: None)
+        encoded = self._encoded(job, piece.shard)
         writers = [ArrayWriter(segment.files, target.record) for target in job.targets]
-        for writer, features, lacks in zip(writers, encoded.features, lacking, strict=True):
+        for target_index, (writer, lacks) in enumerate(zip(writers, lacking, strict=True)):
             if lacks:
-                commit_shard(writer, piece.shard, features, encoded, job)
+                commit_shard(writer, piece.shard, target_index, encoded, job)
         return ShardReport(n_bad=len(encoded.bad), n_truncated=encoded.n_truncated)
+
+    def _encoded(self, job: ImageJob | TextJob, shard: int) -> EncodedShard:
+        """Encode one shard, by the decoders of the shard before where it is the same job's."""
+        if isinstance(job, TextJob):
+            (encoded,) = job.shards([shard], lambda _: None)
+            return encoded
+        if job is not self.decoded_job:
+            self._close_decoders()
+            self.decode = self.open_decoders.enter_context(job.decoders())
+            self.decoded_job = job
+        assert self.decode is not None
+        try:
+            (encoded,) = job.shards_by(self.decode, [shard], lambda _: None)
+        except BaseException:
+            # Images that have been asked for would be taken for those of the next shard.
+            self._close_decoders()
+            raise
+        return encoded
+
+    def _close_decoders(self) -> None:
+        self.decoded_job = None
+        self.open_decoders.close()
 
     def _check(self, task: Task, files: Files, job: ImageJob | TextJob) -> None:
         """Check, once for each job, that this node encodes what is committed already.

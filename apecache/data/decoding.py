@@ -63,6 +63,12 @@ def reading_ahead(
     return PrefetchSpec(workers=workers, images=images, hang_seconds=hang_seconds)
 
 
+Decode = Callable[[Sequence[int]], Iterator[Preprocessed[list[Tensor]]]]
+"""Preprocess the images of these places in a list of keys, in this order. Each result is valid
+until the next one is asked for; all are taken before the next call."""
+
+
+@contextmanager
 def preprocess_ahead(
     keys: Sequence[str],
     load: Callable[[str], LoadedImage[Any]],
@@ -70,14 +76,34 @@ def preprocess_ahead(
     shapes: Sequence[tuple[int, ...]],
     ahead: PrefetchSpec,
     dtype: torch.dtype = torch.float32,
-) -> AbstractContextManager[Iterator[Preprocessed[list[Tensor]]]]:
-    """Preprocess images in the order of `keys`; each is valid until the next one is asked for.
+) -> Iterator[Iterator[Preprocessed[list[Tensor]]]]:
+    """Preprocess images in the order of `keys`; the arguments are those of `open_decoders`."""
+    with open_decoders(
+        keys,
+        load=load,
+        preprocess=preprocess,
+        shapes=shapes,
+        ahead=ahead,
+        dtype=dtype,
+    ) as decode:
+        yield decode(range(len(keys)))
+
+
+def open_decoders(
+    keys: Sequence[str],
+    load: Callable[[str], LoadedImage[Any]],
+    preprocess: Callable[[LoadedImage[Any]], list[Tensor]],
+    shapes: Sequence[tuple[int, ...]],
+    ahead: PrefetchSpec,
+    dtype: torch.dtype = torch.float32,
+) -> AbstractContextManager[Decode]:
+    """Start decoders of images, which stay from one call to the next.
 
     A row whose image `load` or `preprocess` refuses carries the reason. The reasons
     `decoder-crash` and `decoder-hang` mean that a process died or was killed.
 
     Args:
-        keys: The images.
+        keys: The images, which a call names by their place in this list.
         load: Reads and decodes one image.
         preprocess: Turns a decoded image into tensors.
         shapes: Shapes of the tensors that `preprocess` returns.
@@ -94,7 +120,7 @@ def preprocess_ahead(
             dtype=dtype,
         )
     threads = ahead.threads or ahead.workers or min(MAX_THREADS, cpu_count() or 1)
-    return in_threads(keys, load=load, preprocess=preprocess, threads=threads, ahead=ahead.images)
+    return open_threads(keys, load=load, preprocess=preprocess, threads=threads, ahead=ahead.images)
 
 
 @contextmanager
@@ -105,24 +131,27 @@ def _in_processes(
     shapes: Sequence[tuple[int, ...]],
     ahead: PrefetchSpec,
     dtype: torch.dtype,
-) -> Iterator[Iterator[Preprocessed[list[Tensor]]]]:
+) -> Iterator[Decode]:
     def work(position: int) -> tuple[list[Tensor] | None, str, RowError | None]:
         attempt = _attempt(keys[position], load, preprocess)
         return attempt.value, attempt.digest, attempt.error
 
     with open_processes(
         work,
-        count=len(keys),
         shapes=shapes,
-        workers=ahead.workers,
+        workers=min(ahead.workers, len(keys)),
         ahead=ahead.images,
         hang_seconds=ahead.hang_seconds,
         dtype=dtype,
-    ) as results:
-        yield (
-            _named(key, Preprocessed(value=result[0], digest=result[1], error=result[2]))
-            for key, result in zip(keys, results, strict=True)
-        )
+    ) as results_of:
+
+        def decode(places: Sequence[int]) -> Iterator[Preprocessed[list[Tensor]]]:
+            for place, result in zip(places, results_of(places), strict=True):
+                value, digest, error = result
+                named = Preprocessed(value=value, digest=digest, error=error)
+                yield _named(keys[place], named)
+
+        yield decode
 
 
 def _named(key: str, result: Preprocessed[T]) -> Preprocessed[T]:
@@ -144,15 +173,34 @@ def in_threads(
     threads: int,
     ahead: int,
 ) -> Iterator[Iterator[Preprocessed[T]]]:
-    """Preprocess images in threads; Pillow decodes and resizes without the interpreter's lock."""
+    """Preprocess images in threads, in the order of `keys`."""
+    with open_threads(
+        keys, load=load, preprocess=preprocess, threads=threads, ahead=ahead
+    ) as decode:
+        yield decode(range(len(keys)))
+
+
+@contextmanager
+def open_threads(
+    keys: Sequence[str],
+    load: Callable[[str], LoadedImage[Any]],
+    preprocess: Callable[[LoadedImage[Any]], T],
+    threads: int,
+    ahead: int,
+) -> Iterator[Callable[[Sequence[int]], Iterator[Preprocessed[T]]]]:
+    """Start threads for `Decode`; Pillow decodes and resizes without the interpreter's lock."""
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        try:
-            yield _in_order(
-                keys,
+
+        def decode(places: Sequence[int]) -> Iterator[Preprocessed[T]]:
+            return _in_order(
+                [keys[place] for place in places],
                 work=lambda key: _attempt(key, load, preprocess),
                 pool=pool,
                 ahead=ahead,
             )
+
+        try:
+            yield decode
         finally:
             # Images that nobody waits for any more are not decoded.
             pool.shutdown(wait=False, cancel_futures=True)

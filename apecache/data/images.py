@@ -264,7 +264,7 @@ def decode_opened(
 def _refusing(key: str, data: bytes = b"") -> Iterator[None]:
     """Turn what Pillow raises into a RowError, and keep its warnings of odd metadata quiet."""
     try:
-        with _QUIET:
+        with HIDE_WARNINGS:
             yield
     except UnidentifiedImageError:
         content = name_of_content(data)
@@ -336,7 +336,7 @@ class _HideWarnings:
                 self._saved.close()
 
 
-_QUIET = _HideWarnings()
+HIDE_WARNINGS = _HideWarnings()
 
 
 def _check_size(image: Image.Image, key: str, rules: PixelRules) -> None:

@@ -51,39 +51,37 @@ def can_fork() -> bool:
 @contextmanager
 def open_processes(
     work: Callable[[int], Result],
-    count: int,
     shapes: Sequence[tuple[int, ...]],
     workers: int,
     ahead: int,
     hang_seconds: float,
     dtype: torch.dtype = torch.float32,
-) -> Iterator[Iterator[Result]]:
-    """Yield the results of `work` for the positions 0 to `count` - 1, in this order.
+) -> Iterator[Callable[[Sequence[int]], Iterator[Result]]]:
+    """Start processes, and yield a function that gives the results of `work` for items, in order.
 
-    A worker that dies loses the position that it worked on, with the reason `decoder-crash`, or
-    `decoder-hang` if it was killed after `hang_seconds`. Seconds count only while the consumer
-    waits and runs, so a stopped and continued run loses nothing.
+    The function can be called again once all results of the call before have been taken: the
+    processes stay. A worker that dies loses the item that it worked on, with the reason
+    `decoder-crash`, or `decoder-hang` if it was killed after `hang_seconds`. Seconds count only
+    while the consumer waits and runs, so a stopped and continued run loses nothing.
 
     Args:
-        work: Computes one position in a worker.
-        count: Number of positions.
+        work: Computes one item in a worker.
         shapes: Shapes of the tensors of each result. Their memory is used again when the
             next result is asked for.
         workers: Number of processes.
         ahead: Largest number of results in front of the consumer.
-        hang_seconds: How long a worker may take for one position.
+        hang_seconds: How long a worker may take for one item.
         dtype: Of all tensors.
 
     Raises:
         RuntimeError: `work` raised; the message has its traceback.
         ApecacheError: The system starts no processes.
     """
-    n_workers = max(1, min(workers, count))
-    ring = _Ring(ahead, workers=n_workers, shapes=shapes, dtype=dtype)
-    pool = _WorkerPool(work, count=count, ring=ring, hang_seconds=hang_seconds)
+    ring = _Ring(ahead, workers=max(1, workers), shapes=shapes, dtype=dtype)
+    pool = _WorkerPool(work, ring=ring, hang_seconds=hang_seconds)
     try:
         pool.start()
-        yield pool.results()
+        yield pool.results
     finally:
         pool.close()
 
@@ -91,9 +89,12 @@ def open_processes(
 class _Ring:
     """Hold what parent and workers share: `ahead` slots; position p uses slot p modulo `ahead`.
 
+    Positions count the items of all calls.
+
     Attributes:
         counts: int64 [2]: the next position to take, and the first that may not be taken yet.
         current: int64 [workers]: the position that each worker has taken, -1 for none.
+        items: int64 [ahead]: the item of each slot's position.
         lengths: int64 [ahead]: bytes of each slot's message, 0 until it is done.
         messages: uint8 [ahead, MESSAGE_BYTES]: the JSON messages.
         tensors: [ahead, *shape] for each shape.
@@ -112,6 +113,7 @@ class _Ring:
             16,
             8 * workers,
             8 * ahead,
+            8 * ahead,
             MESSAGE_BYTES * ahead,
             *(dtype.itemsize * ahead * prod(shape) for shape in shapes),
         ]
@@ -121,11 +123,12 @@ class _Ring:
         memory = mmap.mmap(-1, starts[-1])
         self.counts = np.frombuffer(memory, np.int64, 2, starts[0])
         self.current = np.frombuffer(memory, np.int64, workers, starts[1])
-        self.lengths = np.frombuffer(memory, np.int64, ahead, starts[2])
-        messages = np.frombuffer(memory, np.uint8, MESSAGE_BYTES * ahead, starts[3])
+        self.items = np.frombuffer(memory, np.int64, ahead, starts[2])
+        self.lengths = np.frombuffer(memory, np.int64, ahead, starts[3])
+        messages = np.frombuffer(memory, np.uint8, MESSAGE_BYTES * ahead, starts[4])
         self.messages = messages.reshape(ahead, MESSAGE_BYTES)
         self.tensors: list[Tensor] = []
-        for start, shape in zip(starts[4:], shapes, strict=False):
+        for start, shape in zip(starts[5:], shapes, strict=False):
             tensor = torch.frombuffer(
                 memory,
                 dtype=dtype,
@@ -150,13 +153,16 @@ class _Ring:
         finally:
             fcntl.lockf(self.lock, fcntl.LOCK_UN)
 
-    def allow(self, end: int) -> None:
-        """Let workers take the positions below `end`."""
+    def allow(self, items: Sequence[int]) -> None:
+        """Let workers take the next positions, which are those of these items."""
+        if not items:
+            return
         with self.locked():
-            n_new = end - int(self.counts[1])
-            self.counts[1] = end
-        if n_new > 0:
-            os.eventfd_write(self.tokens, n_new)
+            first = int(self.counts[1])
+            for position, item in enumerate(items, first):
+                self.items[position % self.ahead] = item
+            self.counts[1] = first + len(items)
+        os.eventfd_write(self.tokens, len(items))
 
     def take(self, worker: int) -> int | None:
         """Return the next position for a worker; None if there is none yet."""
@@ -167,6 +173,11 @@ class _Ring:
             self.current[worker] = position
             self.counts[0] += 1
             return position
+
+    def item(self, position: int) -> int:
+        """Return the item of a position that a worker has taken."""
+        with self.locked():
+            return int(self.items[position % self.ahead])
 
     def finish(self, worker: int, position: int, message: bytes) -> None:
         """Store the message of a position that a worker had taken, and wake the parent."""
@@ -235,20 +246,19 @@ class _WorkerPool:
     def __init__(
         self,
         work: Callable[[int], Result],
-        count: int,
         ring: _Ring,
         hang_seconds: float,
     ) -> None:
         self.work = work
-        self.count = count
         self.ring = ring
+        self.n_taken = 0
+        self.held: int | None = None
         self.hang_seconds = hang_seconds
         self.tick = min(TICK_SECONDS, hang_seconds / 4)
         self.workers: dict[int, _WorkerProcess] = {}
         self.idle_deaths = 0
 
     def start(self) -> None:
-        self.ring.allow(min(self.count, self.ring.ahead))
         for number in range(self.ring.workers):
             self.workers[number] = self._fork(number)
 
@@ -258,13 +268,27 @@ class _WorkerPool:
         self.workers.clear()
         self.ring.close()
 
-    def results(self) -> Iterator[Result]:
-        for position in range(self.count):
+    def results(self, items: Sequence[int]) -> Iterator[Result]:
+        """Yield the results of these items; all results of the call before have been taken."""
+        # A consumer that counts never comes back after the last result of a call.
+        self._release()
+        self.ring.allow(items[: self.ring.ahead])
+        for index in range(len(items)):
+            position = self.n_taken
             while not (message := self.ring.message(position)):
                 self._wait()
+            self.n_taken += 1
+            self.held = position
             yield self._result(position, message)
-            self.ring.free(position)
-            self.ring.allow(min(self.count, position + 1 + self.ring.ahead))
+            self._release()
+            next_index = index + self.ring.ahead
+            self.ring.allow(items[next_index : next_index + 1])
+
+    def _release(self) -> None:
+        """Give the slot of the last result back."""
+        if self.held is not None:
+            self.ring.free(self.held)
+            self.held = None
 
     def _result(self, position: int, message: bytes) -> Result:
         outcome = json.loads(message)
@@ -355,7 +379,7 @@ class _WorkerPool:
     def _done(self, position: int) -> bytes:
         """Work on a position, write its tensors into the ring, and return its message."""
         try:
-            tensors, digest, error = self.work(position)
+            tensors, digest, error = self.work(self.ring.item(position))
             if error is not None or tensors is None:
                 reason = error.reason if error else "unusable"
                 detail = error.detail if error else ""

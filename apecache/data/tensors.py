@@ -12,6 +12,9 @@ from torch import Tensor
 from apecache.data.images import DEFAULT_RULES, decode_image, decode_opened
 from apecache.data.pixels import PixelRules
 
+END_OF_IMAGE = b"\xff\xd9"
+"""Marker that ends a JPEG file."""
+
 
 def decode_tensor(data: bytes, key: str, rules: PixelRules = DEFAULT_RULES) -> Tensor:
     """Decode the bytes of a file to the pixels that `decode_image` gives.
@@ -35,6 +38,24 @@ def decode_tensor(data: bytes, key: str, rules: PixelRules = DEFAULT_RULES) -> T
         return decoded
     pixels = np.array(decode_image(data, key, rules))
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def plain_jpeg_or_pixels(data: bytes, key: str, rules: PixelRules = DEFAULT_RULES) -> Tensor:
+    """Return the bytes of a plain and complete JPEG as they are, and pixels of other files.
+
+    Returns:
+        uint8 [n], the file, for another decoder; or RGB uint8 [3, height, width].
+
+    Raises:
+        RowError: As `decode_image` raises.
+    """
+    # Other decoders may complete a truncated file with gray.
+    is_complete = data.endswith(END_OF_IMAGE)
+    is_plain = is_complete and decode_opened(data, key, decode=_is_plain_jpeg, rules=rules)
+    if is_plain:
+        # A writable copy: torch warns about tensors of read-only memory.
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return decode_tensor(data, key, rules)
 
 
 def _is_plain_jpeg(opened: Image.Image) -> bool:

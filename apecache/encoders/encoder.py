@@ -31,6 +31,7 @@ State = int | Literal["end", "own"]
 A number is a count of blocks: the tokens after them. `end` is the tokens that the model returns.
 `own` is the model's own pooled output.
 """
+MAX_COMPILED_SHAPES = 64
 States = Callable[[tuple[Tensor, ...], Collection[State]], dict[State, Tensor]]
 """Run one forward pass on the model's inputs and return the requested states."""
 
@@ -161,9 +162,9 @@ class TextEncoder:
             features = self.forward(batch, mask)
             return features.float().cpu()
 
-    def pad(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Return (ids, mask), int64 [n, longest], on the encoder's device."""
-        batch, mask = pad_ids(ids, self.pad_id, self.length or 1)
+    def pad(self, ids: Sequence[Sequence[int]], length: int = 1) -> tuple[Tensor, Tensor]:
+        """Return (ids, mask), int64 [n, longest or `length`] on the device."""
+        batch, mask = pad_ids(ids, self.pad_id, max(length, self.length or 1))
         return send(batch, self.device), send(mask, self.device)
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
@@ -182,6 +183,12 @@ class TextEncoder:
         ids = self.tokenize(texts).ids
         batches = [self.encode_ids(ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
         return torch.cat(batches) if batches else torch.empty(0, self.dim)
+
+
+class TextPass(Protocol):
+    """Encode one batch of token ids, padded to at least `length` tokens, as `encode_texts`."""
+
+    def __call__(self, ids: Sequence[Sequence[int]], length: int = 1) -> list[Tensor]: ...
 
 
 def computed_in(precision: Precision, device: torch.device) -> torch.dtype:
@@ -220,7 +227,7 @@ def compile_images(encoders: Sequence[ImageEncoder]) -> Callable[[Tensor], list[
     supported: they are caught by hooks. The first batch raises RuntimeError where there is no
     compiler, or the model has an operation that the compiler does not know.
     """
-    run = _compiled(tuple(encoder.forward for encoder in encoders))
+    run = _compiled(tuple(encoder.forward for encoder in encoders), "pixels")
 
     def encode(pixels: Tensor) -> list[Tensor]:
         with torch.no_grad(), products_of(encoders[0]):
@@ -230,13 +237,35 @@ def compile_images(encoders: Sequence[ImageEncoder]) -> Callable[[Tensor], list[
     return encode
 
 
+def compile_texts(encoders: Sequence[TextEncoder]) -> TextPass:
+    """Return `encode_texts` by a model that TorchInductor compiles for each shape of a batch.
+
+    As `compile_images`.
+    """
+    run = _compiled(tuple(encoder.forward for encoder in encoders), "ids")
+
+    def encode(ids: Sequence[Sequence[int]], length: int = 1) -> list[Tensor]:
+        # Each length is compiled; without this, torch gives up after eight of them.
+        shapes = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES)
+        with torch.no_grad(), products_of(encoders[0]), shapes:
+            features: list[Tensor] = run(*encoders[0].pad(ids, length))
+            return features
+
+    return encode
+
+
 @lru_cache(maxsize=8)
-def _compiled(forwards: tuple[Callable[..., Tensor], ...]) -> Callable[[Tensor], list[Tensor]]:
+def _compiled(
+    forwards: tuple[Callable[..., Tensor], ...],
+    inputs: Literal["pixels", "ids"],
+) -> Callable[..., list[Tensor]]:
     """Compile the forward passes, once in a process."""
     # fullgraph: a partly eager model would give other last bits than a store records.
-    run: Callable[[Tensor], list[Tensor]] = torch.compile(
-        lambda pixels: _tapped(forwards, (pixels,)),
+    run: Callable[..., list[Tensor]] = torch.compile(
+        lambda *batch: _tapped(forwards, batch),
         fullgraph=True,
+        # By default the second shape would be compiled for any size, which is slower.
+        dynamic=False if inputs == "ids" else None,
         options=_vector_width(),
     )
     return run
@@ -255,15 +284,24 @@ def _vector_width() -> dict[str, str | int | bool | Callable[..., Any]]:
     return {"cpp.simdlen": pick_vec_isa().bit_width()}
 
 
-def encode_texts(encoders: Sequence[TextEncoder], ids: Sequence[Sequence[int]]) -> list[Tensor]:
+def encode_texts(
+    encoders: Sequence[TextEncoder],
+    ids: Sequence[Sequence[int]],
+    length: int = 1,
+) -> list[Tensor]:
     """Encode one batch of token ids by cuts of one model in one forward pass.
+
+    Args:
+        encoders: the cuts.
+        ids: of each text.
+        length: tokens that texts are padded to at least.
 
     Returns:
         What `encode_ids` gives for each encoder, still on the device.
     """
     with torch.no_grad(), products_of(encoders[0]):
         forwards = [encoder.forward for encoder in encoders]
-        return _tapped(forwards, encoders[0].pad(ids))
+        return _tapped(forwards, encoders[0].pad(ids, length))
 
 
 def _tapped(forwards: Sequence[Callable[..., Tensor]], inputs: tuple[Tensor, ...]) -> list[Tensor]:

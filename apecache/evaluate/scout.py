@@ -17,7 +17,8 @@ from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, 
 from apecache.encoders.load import load_image_encoders, load_text_encoders
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError, counted, nearest
-from apecache.extraction.encode import caption_error, encode_or_halve
+from apecache.extraction.encode import encode_or_halve
+from apecache.extraction.encode_texts import caption_error
 from apecache.metrics.geometry import KNN_NEIGHBORS, FeatureSimilarity, likeness
 from apecache.metrics.relevance import Relevance
 from apecache.metrics.retrieval import mean_chance

@@ -5,7 +5,7 @@ Decide which arrays to fill and how they are laid out, and refuse what does not 
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 
@@ -17,6 +17,11 @@ from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, 
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import MismatchError, StoreError
 from apecache.extraction.compilation import _require_compiler, decide_compiled
+from apecache.extraction.device_decoding import (
+    DecodeDevice,
+    decode_device,
+    require_device_decoding,
+)
 from apecache.extraction.encode import encode_or_halve
 from apecache.extraction.spec import ExtractSpec
 from apecache.fingerprint import Fingerprint, Json, Modality, describe_difference
@@ -33,6 +38,9 @@ from apecache.store.writer import create_array
 
 CPU_BATCH: dict[Modality, int] = {"image": 32, "text": 64}
 CUDA_BATCH = 256
+CUDA_BATCH_TOKENS = 16_384
+MAX_CAPTIONS = 4096
+"""Most captions of a batch that is limited by its tokens."""
 MIN_SHARD_ROWS = 256
 MAX_SHARD_ROWS = 4096
 SHARD_SECONDS = 60
@@ -84,8 +92,7 @@ def prepare_arrays(
     if not like and new_encoders:
         compile_new = decide_compiled(
             new_encoders,
-            rows=layouts[0].rows,
-            batch=layouts[0].batch_size,
+            layout=new_layouts[0],
             requested=spec.compiled,
         )
         if compile_new:
@@ -148,6 +155,7 @@ def arrays_and_layouts(
 
     Raises:
         MismatchError: as `prepare_arrays`.
+        OptionError: images are to be decoded on a device that cannot.
     """
     names = [array_name(encoder, spec) for encoder in encoders]
     existing: list[FeatureArray | None] = []
@@ -157,6 +165,9 @@ def arrays_and_layouts(
         existing.append(array)
         if array is None:
             new_encoders.append(encoder)
+        decode = spec.decode if array is None else decode_device(array.record)
+        if decode == "cuda" and isinstance(encoder, ImageEncoder):
+            require_device_decoding(encoder, of_views=spec.views is not None)
     new_layouts = _layouts(new_encoders, rows=rows, spec=spec, like=like, captions=captions)
     remaining_layouts = iter(new_layouts)
     layouts: list[ArrayLayout] = []
@@ -186,8 +197,9 @@ def _new_record(
     fingerprint = _fingerprint(
         encoder,
         spec=spec,
-        batch=layout.batch_size,
+        batch=_Batching(size=layout.batch_size, tokens=layout.batch_tokens),
         compiled=layout.compiled,
+        decode=spec.decode,
     )
     record = ArrayRecord(
         modality=encoder.spec.modality,
@@ -229,7 +241,13 @@ def _find_array(
     existing = store.arrays(encoder.spec.modality)
     name = array_name(encoder, spec)
     # Batch size and compilation are not compared here, so any values will do.
-    asked_fields = _fingerprint(encoder, spec=spec, batch=0, compiled=False).fields
+    asked_fields = _fingerprint(
+        encoder,
+        spec=spec,
+        batch=_Batching(size=0),
+        compiled=False,
+        decode=None,
+    ).fields
     identity = _kind(asked_fields)
     same_name = None
     same_encoder = None
@@ -255,14 +273,19 @@ def _kind(fields: Mapping[str, Json]) -> Json:
 def _fingerprint(
     encoder: ImageEncoder | TextEncoder,
     spec: ExtractSpec,
-    batch: int,
+    batch: "_Batching",
     compiled: bool,
+    decode: DecodeDevice | None,
 ) -> Fingerprint:
     """Return the identity of an array: its encoder's, how it is stored, and its views."""
-    storage: Json = {"dtype": spec.storage_dtype, "batch_size": batch}
+    storage: Json = {"dtype": spec.storage_dtype, "batch_size": batch.size}
+    if batch.tokens is not None:
+        storage["batch_tokens"] = batch.tokens
     if compiled:
         storage["compile"] = "inductor"
     fields: Json = {"encoder": encoder.fingerprint.fields, "storage": storage}
+    if decode == "cuda" and isinstance(encoder, ImageEncoder):
+        fields["decode"] = "cuda"
     if spec.views and isinstance(encoder, ImageEncoder):
         fields["views"] = spec.views.to_json()
     return Fingerprint(fields=fields)
@@ -279,13 +302,19 @@ def _require_same(
     Batch size and compilation are taken as recorded where they are not asked for.
     """
     recorded = array.record
+    # Whether a text encoder can be compiled is found out when its array is made.
     compiled_option = spec.compiled if isinstance(encoder, ImageEncoder) else None
     compiled = recorded.layout.compiled if compiled_option is None else compiled_option
+    recorded_batching = _Batching(
+        size=recorded.layout.batch_size,
+        tokens=recorded.layout.batch_tokens,
+    )
     expected = _fingerprint(
         encoder,
         spec=spec,
-        batch=spec.batch(encoder) or recorded.layout.batch_size,
+        batch=_asked_batching(encoder, spec) or recorded_batching,
         compiled=compiled,
+        decode=spec.decode or decode_device(recorded),
     )
     differences = expected.difference(recorded.fingerprint)
     if differences:
@@ -313,15 +342,15 @@ def _layouts(
     """
     if not encoders:
         return []
-    batch_size = spec.batch(encoders[0]) or _default_batch(encoders[0])
+    batching = _asked_batching(encoders[0], spec) or _default_batching(encoders[0])
     names = [array_name(encoder, spec) for encoder in encoders]
     unsharded = [
-        _layout(encoder, rows=rows, size=batch_size, spec=spec, captions=captions)
+        _layout(encoder, rows=rows, batching=batching, spec=spec, captions=captions)
         for encoder in encoders
     ]
     shard_rows = spec.shard_rows
     if shard_rows is None and not all(name in like for name in names):
-        shard_rows = _calibrated_rows(encoders, batch_size, captions)
+        shard_rows = _calibrated_rows(encoders, batching, captions)
     # The array with the widest rows limits all of them.
     max_shard_rows = min(max(1, MAX_SHARD_BYTES // layout.row_bytes) for layout in unsharded)
     new_shard_rows = max(1, min(shard_rows or 1, rows, max_shard_rows))
@@ -334,9 +363,32 @@ def _layouts(
     return layouts
 
 
-def _default_batch(encoder: ImageEncoder | TextEncoder) -> int:
-    """Return the batch size of new arrays where none is asked for."""
-    return CUDA_BATCH if is_accelerator(encoder.device) else CPU_BATCH[encoder.spec.modality]
+@dataclass(frozen=True, kw_only=True)
+class _Batching:
+    """Limit the batches of an array."""
+
+    size: int
+    """Images, or most captions."""
+    tokens: int | None = None
+    """Most tokens of a batch of captions."""
+
+
+def _asked_batching(encoder: ImageEncoder | TextEncoder, spec: ExtractSpec) -> _Batching | None:
+    """Return the limits that are asked for, if any."""
+    size = spec.batch(encoder)
+    tokens = spec.text_batch_tokens if isinstance(encoder, TextEncoder) else None
+    if size is None and tokens is None:
+        return None
+    return _Batching(size=size or MAX_CAPTIONS, tokens=tokens)
+
+
+def _default_batching(encoder: ImageEncoder | TextEncoder) -> _Batching:
+    """Return the limits of new arrays where none are asked for."""
+    if not is_accelerator(encoder.device):
+        return _Batching(size=CPU_BATCH[encoder.spec.modality])
+    if isinstance(encoder, TextEncoder):
+        return _Batching(size=MAX_CAPTIONS, tokens=CUDA_BATCH_TOKENS)
+    return _Batching(size=CUDA_BATCH)
 
 
 def _as_before(layout: ArrayLayout, like: ArrayLayout) -> ArrayLayout:
@@ -346,6 +398,7 @@ def _as_before(layout: ArrayLayout, like: ArrayLayout) -> ArrayLayout:
         layout,
         shard_rows=max(1, min(like.shard_rows, layout.rows, max_shard_rows)),
         batch_size=like.batch_size,
+        batch_tokens=like.batch_tokens,
         threads=like.threads,
         compiled=like.compiled,
     )
@@ -354,7 +407,7 @@ def _as_before(layout: ArrayLayout, like: ArrayLayout) -> ArrayLayout:
 def _layout(
     encoder: ImageEncoder | TextEncoder,
     rows: int,
-    size: int,
+    batching: _Batching,
     spec: ExtractSpec,
     captions: Sequence[str],
 ) -> ArrayLayout:
@@ -372,7 +425,8 @@ def _layout(
         dim=encoder.dim,
         dtype=spec.storage_dtype,
         shard_rows=1,
-        batch_size=size,
+        batch_size=batching.size,
+        batch_tokens=batching.tokens,
         threads=torch.get_num_threads(),
         views=n_views,
         tokens=n_tokens,
@@ -382,7 +436,7 @@ def _layout(
 
 def _calibrated_rows(
     encoders: Sequence[ImageEncoder | TextEncoder],
-    batch: int,
+    batching: _Batching,
     captions: Sequence[str],
 ) -> int:
     """Return the rows of about a minute of encoding, as a power of two.
@@ -391,6 +445,8 @@ def _calibrated_rows(
     """
     # Cuts of one model share their forward pass.
     models = {id(encoder.module): encoder for encoder in encoders}
+    # Timed on a batch of usual size: how many captions fit into so many tokens varies.
+    batch = batching.size if batching.tokens is None else min(batching.size, CUDA_BATCH)
 
     def encode_batch() -> None:
         for encoder in models.values():

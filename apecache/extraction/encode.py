@@ -1,9 +1,8 @@
-"""Encode one shard after another: the loop around the models.
+"""Encode images, one shard after another: the loop around the models.
 
-Which rows share a batch depends on the shard and the batch size only. Image batches have one fixed
-shape, and a row that cannot be read keeps its slot as a filler. Captions are sorted by length, but
-only inside a shard. Several arrays of one modality are filled together: each image is decoded once,
-and cuts of one model cost one forward pass.
+Which rows share a batch depends on the shard and the batch size only. Batches have one fixed shape,
+and a row that cannot be read keeps its slot as a filler. Several arrays of one modality are filled
+together: each image is decoded once, and cuts of one model cost one forward pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,28 +17,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from apecache.data.augment import Views
-from apecache.data.decoding import Preprocessed, preprocess_ahead, reading_ahead
+from apecache.data.decoding import Decode, Preprocessed, open_decoders, reading_ahead
 from apecache.data.images import LoadedImage, load_as, load_image
 from apecache.data.tensors import decode_tensor
 from apecache.device import HostCopy, is_accelerator, release_cached_memory
-from apecache.encoders.encoder import (
-    ImageEncoder,
-    TextEncoder,
-    compile_images,
-    encode_images,
-    encode_texts,
-)
+from apecache.encoders.encoder import ImageEncoder, TextEncoder, compile_images, encode_images
 from apecache.encoders.preprocess import Preprocess
 from apecache.encoders.whole_view import whole_view
 from apecache.errors import RowError
+from apecache.extraction.device_decoding import decode_device, open_device_decoders
 from apecache.extraction.segments import BlockInputs, Inputs
-from apecache.fingerprint import content_hash
 from apecache.store.layout import ArrayLayout, ArrayRecord
 
 Advance = Callable[[int], None]
 """Called with the number of rows of every encoded batch."""
-_TextResults = tuple[list[int], list[HostCopy]]
-"""Rows of the shard, and their features by each encoder."""
 Encoder = TypeVar("Encoder", ImageEncoder, TextEncoder, covariant=True)
 
 
@@ -55,8 +46,11 @@ class ArrayTarget(Generic[Encoder]):
 class EncodedShard:
     """Hold the encoded rows of one shard."""
 
-    features: tuple[NDArray[np.float32], ...]
-    """For each target [n, *row_shape]; zeros for rows that could not be encoded."""
+    features: tuple[NDArray[np.floating], ...]
+    """For each target [n, *row_shape], float16 or float32 as they are stored; zeros for rows that
+    could not be encoded."""
+    finite: tuple[NDArray[np.bool_], ...]
+    """For each target [n]: whether all values of a row were finite before they were rounded."""
     content: list[str]
     """Hashes of the inputs, one for each row."""
     bad: dict[int, RowError]
@@ -65,6 +59,48 @@ class EncodedShard:
     """For texts: the number of tokens of each row."""
     n_truncated: int = 0
     """For texts: how many were longer than the encoder takes."""
+
+
+class ShardRows:
+    """Collect the rows of one shard of one array.
+
+    Args:
+        n_rows: of the shard.
+        layout: of the array.
+    """
+
+    def __init__(self, n_rows: int, layout: ArrayLayout) -> None:
+        # An overflow gives infinity, which a commit finds and reports by row.
+        self.dtype = torch.float16 if layout.read_dtype == "float16" else torch.float32
+        self.features = np.zeros((n_rows, *layout.row_shape), layout.read_dtype)
+        self.finite = np.ones(n_rows, np.bool_)
+
+    def copy_of(self, encoded: Tensor) -> "RowCopy":
+        """Start to copy rows of a batch to the host.
+
+        Args:
+            encoded: float32 [n, *row_shape] on the device.
+        """
+        return RowCopy(encoded, self.dtype)
+
+
+class RowCopy:
+    """Copy encoded rows to the host, rounded on the device to the type that is stored."""
+
+    def __init__(self, encoded: Tensor, dtype: torch.dtype) -> None:
+        # After the rounding an overflow could not be told from a model that gives infinity.
+        self._finite = HostCopy(encoded.isfinite().flatten(1).all(1))
+        self._rows = HostCopy(encoded.to(dtype))
+
+    def finite(self) -> NDArray[np.bool_]:
+        """Wait for the copy; return bool [n], whether all values of a row were finite."""
+        found: NDArray[np.bool_] = self._finite.read().numpy()
+        return found
+
+    def rows(self) -> NDArray[np.floating]:
+        """Wait for the copy; return float16 or float32 [n, *row_shape]."""
+        found: NDArray[np.floating] = self._rows.read().numpy()
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +129,34 @@ class ImageJob:
             indices: of the shards.
             advance: called with the number of rows of every encoded batch.
         """
-        shards = [self.layout.shard(index) for index in indices]
-        keys: list[str] = []
-        for rows in shards:
-            keys += [self.key(row) for row in rows]
-        # One decoder for all shards, so that it prefetches across their boundaries.
-        with self.decode(keys) as decoded:
-            for rows in shards:
-                use_threads(self.layout)
-                yield self._encode(rows, decoded, advance)
+        with self.decoders() as decode:
+            yield from self.shards_by(decode, indices, advance)
 
-    def decode(
+    def shards_by(
         self,
-        keys: Sequence[str],
-    ) -> AbstractContextManager[Iterator[Preprocessed[list[Tensor]]]]:
-        """Preprocess images in the order of `keys`, at most two batches ahead of the consumer."""
+        decode: Decode,
+        indices: Sequence[int],
+        advance: Advance,
+    ) -> Iterator[EncodedShard]:
+        """Encode shards as `shards` does, by decoders that are open."""
+        shards = [self.layout.shard(index) for index in indices]
+        all_rows = [row for rows in shards for row in rows]
+        # One call for all shards, so that decoders prefetch across their boundaries.
+        decoded = decode(all_rows)
+        for rows in shards:
+            use_threads(self.layout)
+            yield self._encode(rows, decoded, advance)
+
+    def decoders(self) -> AbstractContextManager[Decode]:
+        """Start decoders of the source's rows, at most two batches ahead of the consumer."""
+        if self.decodes_on_device:
+            return open_device_decoders(
+                self.source.keys,
+                media=self.source.media,
+                rules=self.source.pixels,
+                encoders=[first.encoder for first, *_ in self.models],
+                layout=self.layout,
+            )
         n_images_ahead = 2 * self.layout.batch_size + self.workers
         ahead = reading_ahead(
             self.source.media,
@@ -116,8 +165,8 @@ class ImageJob:
             hang_seconds=self.hang_seconds,
         )
         shapes = [(self.n_views, *first.encoder.input_shape) for first, *_ in self.models]
-        return preprocess_ahead(
-            keys,
+        return open_decoders(
+            self.source.keys,
             load=self.load,
             preprocess=self.preprocess,
             shapes=shapes,
@@ -157,10 +206,17 @@ class ImageJob:
 
         That is a quarter of the bytes. A CPU has nothing to send, and of views nothing is cropped.
         """
+        if self.decodes_on_device:
+            return torch.uint8
         encoders = [first.encoder for first, *_ in self.models]
         in_two_steps = all(encoder.pixel_preprocess is not None for encoder in encoders)
         sends_bytes = in_two_steps and is_accelerator(encoders[0].device) and self.views is None
         return torch.uint8 if sends_bytes else torch.float32
+
+    @property
+    def decodes_on_device(self) -> bool:
+        """Return whether the device decodes the images, and not the CPU."""
+        return decode_device(self.targets[0].record) == "cuda"
 
     @property
     def n_views(self) -> int:
@@ -187,7 +243,13 @@ class ImageJob:
         """Return the batches of pixels of each model, for all shards: pinning memory is slow."""
         size = self.layout.batch_size
         return [
-            _PixelBuffers(targets, size=size, views=self.n_views, dtype=self.pixel_dtype)
+            _PixelBuffers(
+                targets,
+                size=size,
+                views=self.n_views,
+                dtype=self.pixel_dtype,
+                on_device=self.decodes_on_device,
+            )
             for targets in self.models
         ]
 
@@ -208,11 +270,9 @@ class ImageJob:
     ) -> EncodedShard:
         """Encode one shard, whose images come next in `decoded`."""
         batch_size = self.layout.batch_size
-        leading_shape = (len(rows), self.views.count) if self.views else (len(rows),)
-        features: dict[int, NDArray[np.float32]] = {}
-        for target in self.targets:
-            shape = (*leading_shape, *target.encoder.row_shape)
-            features[id(target)] = np.zeros(shape, np.float32)
+        shard_rows = {
+            id(target): ShardRows(len(rows), target.record.layout) for target in self.targets
+        }
         content = [""] * len(rows)
         bad = dict[int, RowError]()
         running: list[_PendingBatch] = []
@@ -234,6 +294,7 @@ class ImageJob:
             for targets, encode, batch in zip(self.models, self.passes, batches, strict=True):
                 pending_batch = _PendingBatch(
                     targets,
+                    shard_rows=[shard_rows[id(target)] for target in targets],
                     encode=encode,
                     begin=begin,
                     count=count,
@@ -241,12 +302,14 @@ class ImageJob:
                 )
                 started.append(pending_batch)
             # Fetch the results of the batch before while the device computes this one.
-            _finish(running, features)
+            _finish(running)
             running = started
             advance(count)
-        _finish(running, features)
+        _finish(running)
+        by_target = [shard_rows[id(target)] for target in self.targets]
         return EncodedShard(
-            features=tuple(features[id(target)] for target in self.targets),
+            features=tuple(target_rows.features for target_rows in by_target),
+            finite=tuple(target_rows.finite for target_rows in by_target),
             content=content,
             bad=bad,
         )
@@ -261,16 +324,21 @@ class _PixelBuffers:
         size: int,
         views: int,
         dtype: torch.dtype,
+        on_device: bool,
     ) -> None:
         encoder = targets[0].encoder
+        shape = (size, views, *encoder.input_shape)
+        self.turn = 0
+        # Pixels that the device has decoded stay there.
+        if on_device:
+            self.buffers = [torch.zeros(shape, dtype=dtype, device=encoder.device)]
+            return
         # Beside an accelerator one pinned batch is filled while the other is copied and encoded.
         pinned = is_accelerator(encoder.device)
         n_buffers = 2 if pinned else 1
-        shape = (size, views, *encoder.input_shape)
         self.buffers = [
             torch.zeros(shape, dtype=dtype, pin_memory=pinned) for _ in range(n_buffers)
         ]
-        self.turn = 0
 
     def next(self) -> Tensor:
         """Return a batch of zeros to fill; the buffers take turns."""
@@ -284,122 +352,41 @@ class _PendingBatch:
     def __init__(
         self,
         targets: Sequence[ArrayTarget[ImageEncoder]],
+        shard_rows: Sequence[ShardRows],
         encode: Callable[[Tensor], list[Tensor]],
         begin: int,
         count: int,
         pixels: Tensor,
     ) -> None:
-        self.targets = targets
-        self.begin = begin
-        self.count = count
+        self.shard_rows = shard_rows
+        self.place = slice(begin, begin + count)
+        self.of_views = targets[0].record.layout.views is not None
         device = targets[0].encoder.device
-        self.results: list[list[HostCopy]] = []
+        self.copies: list[list[RowCopy]] = []
         for view in range(pixels.shape[1]):
             encoded = encode_or_halve(encode, pixels[:, view], device)
-            # Copied now: a copy behind the next batch would wait for it.
-            self.results.append([HostCopy(features[:count]) for features in encoded])
+            # Copied now: a copy behind the next batch would wait for it. The last batch of a shard
+            # is filled up with zeros, which are not stored.
+            copies = [
+                rows.copy_of(features[:count])
+                for rows, features in zip(shard_rows, encoded, strict=True)
+            ]
+            self.copies.append(copies)
 
-    def store(self, features: dict[int, NDArray[np.float32]]) -> None:
-        """Wait for the results and put them into each target's features, by the target's id."""
-        for target_index, target in enumerate(self.targets):
-            # The last batch of a shard is filled up with zeros, which are not stored.
-            shard_rows = features[id(target)][self.begin : self.begin + self.count]
-            for view, results in enumerate(self.results):
-                rows = results[target_index].read().numpy()
-                if target.record.layout.views:
-                    shard_rows[:, view] = rows
+    def store(self) -> None:
+        """Wait for the results and put them into the rows of the shard."""
+        for view, copies in enumerate(self.copies):
+            for rows, copy in zip(self.shard_rows, copies, strict=True):
+                rows.finite[self.place] &= copy.finite()
+                if self.of_views:
+                    rows.features[self.place, view] = copy.rows()
                 else:
-                    shard_rows[:] = rows
+                    rows.features[self.place] = copy.rows()
 
 
-def _finish(running: Sequence[_PendingBatch], features: dict[int, NDArray[np.float32]]) -> None:
+def _finish(running: Sequence[_PendingBatch]) -> None:
     for batch in running:
-        batch.store(features)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextJob:
-    """Encode the captions of one source into arrays with the same shards and batches.
-
-    They hold different cuts (layers or poolings) of one model.
-    """
-
-    source: Inputs
-    targets: tuple[ArrayTarget[TextEncoder], ...]
-
-    @property
-    def layout(self) -> ArrayLayout:
-        return self.targets[0].record.layout
-
-    def key(self, row: int) -> str:
-        image_row = self.source.image_rows[row]
-        # A block may have a caption without its image.
-        return self.source.keys[image_row] if image_row >= 0 else ""
-
-    def shards(self, indices: Sequence[int], advance: Advance) -> Iterator[EncodedShard]:
-        """Encode shards one by one; see `ImageJob.shards`."""
-        for index in indices:
-            rows = self.layout.shard(index)
-            use_threads(self.layout)
-            yield self._encode(self.source.captions[rows.start : rows.stop], advance)
-
-    def _encode(self, texts: list[str], advance: Advance) -> EncodedShard:
-        """Encode the captions of one shard."""
-        bad: dict[int, RowError] = {}
-        good_rows: list[int] = []
-        for row, text in enumerate(texts):
-            error = caption_error(text)
-            if error:
-                bad[row] = error
-            else:
-                good_rows.append(row)
-        encoders = [target.encoder for target in self.targets]
-        tokens = encoders[0].tokenize([texts[row] for row in good_rows])
-        # Captions of like length share a batch, so that little is padded.
-        order = sorted(range(len(good_rows)), key=lambda i: (len(tokens.ids[i]), i))
-        features: list[NDArray[np.float32]] = []
-        for target in self.targets:
-            shape = (len(texts), *target.record.layout.row_shape)
-            features.append(np.zeros(shape, np.float32))
-        lengths = np.zeros(len(texts), np.int64)
-        lengths[good_rows] = [len(ids) for ids in tokens.ids]
-        batch_size = self.layout.batch_size
-        running: _TextResults = ([], [])
-        for begin in range(0, len(order), batch_size):
-            batch = order[begin : begin + batch_size]
-            rows = [good_rows[i] for i in batch]
-            encoded = encode_or_halve(
-                lambda ids: encode_texts(encoders, ids),
-                [tokens.ids[i] for i in batch],
-                encoders[0].device,
-            )
-            started = (rows, [HostCopy(result) for result in encoded])
-            # Fetch the results of the batch before while the device computes this one.
-            _store_texts(running, features)
-            running = started
-            advance(len(batch))
-        _store_texts(running, features)
-        advance(len(bad))
-        content = [content_hash(text) for text in texts]
-        return EncodedShard(
-            features=tuple(features),
-            content=content,
-            bad=bad,
-            lengths=lengths,
-            n_truncated=tokens.n_truncated,
-        )
-
-
-def _store_texts(running: _TextResults, features: Sequence[NDArray[np.float32]]) -> None:
-    """Wait for the results of a batch of texts, and put them into the arrays."""
-    rows, results = running
-    if not rows:
-        return
-    for array, copy in zip(features, results, strict=True):
-        result = copy.read()
-        # Tokens [n, longest, dim] are narrower than their array.
-        destination = (rows, slice(result.shape[1])) if array.ndim == 3 else rows
-        array[destination] = result.numpy()
+        batch.store()
 
 
 def image_jobs(
@@ -411,7 +398,10 @@ def image_jobs(
 ) -> list[ImageJob]:
     """Return one job for all arrays that are laid out alike: it decodes each image once."""
     jobs: list[ImageJob] = []
-    for group in _alike(targets, lambda target: target.encoder.spec.resize):
+    for group in alike(
+        targets,
+        lambda target: (target.encoder.spec.resize, decode_device(target.record)),
+    ):
         job = ImageJob(
             source=source,
             targets=tuple(group),
@@ -423,18 +413,12 @@ def image_jobs(
     return jobs
 
 
-def text_jobs(source: Inputs, targets: Sequence[ArrayTarget[TextEncoder]]) -> list[TextJob]:
-    """Return one job for all cuts of one model."""
-    groups = _alike(targets, lambda target: id(target.encoder.module))
-    return [TextJob(source=source, targets=tuple(group)) for group in groups]
-
-
 def use_threads(layout: ArrayLayout) -> None:
     """Use as many threads as were recorded: the last bits of features depend on it."""
     torch.set_num_threads(layout.threads)
 
 
-def _alike(
+def alike(
     targets: Sequence[ArrayTarget[Encoder]],
     key_of: Callable[[ArrayTarget[Encoder]], object],
 ) -> list[list[ArrayTarget[Encoder]]]:
@@ -445,6 +429,7 @@ def _alike(
         group_key = (
             key_of(target),
             layout.batch_size,
+            layout.batch_tokens,
             layout.shard_rows,
             layout.threads,
             layout.compiled,
@@ -459,17 +444,6 @@ def _by_module(targets: Sequence[ArrayTarget[Encoder]]) -> list[list[ArrayTarget
     for target in targets:
         groups.setdefault(id(target.encoder.module), []).append(target)
     return list(groups.values())
-
-
-def caption_error(text: str) -> RowError | None:
-    """Return why a caption cannot be encoded, or None."""
-    if not text.strip():
-        return RowError("empty", "the caption is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return RowError("not-unicode", "the caption has a lone surrogate")
-    return None
 
 
 def encode_or_halve(

@@ -19,12 +19,10 @@ from apecache.extraction.arrays import array_name, arrays_and_layouts, room_byte
 from apecache.extraction.encode import (
     ArrayTarget,
     ImageJob,
-    TextJob,
-    caption_error,
     encode_or_halve,
     image_jobs,
-    text_jobs,
 )
+from apecache.extraction.encode_texts import TextJob, caption_error, divide_captions, text_jobs
 from apecache.extraction.precision import with_precision
 from apecache.extraction.run import ExtractSpec, count_rows, open_encoders, require_inputs
 from apecache.extraction.segments import Inputs
@@ -35,6 +33,7 @@ from apecache.store.layout import PAIRS, ArrayLayout, ArrayRecord
 from apecache.store.reader import FeatureStore
 
 CALIBRATION_BATCHES = 2
+MAX_SAMPLED_CAPTIONS = 256
 Encoder = TypeVar("Encoder", ImageEncoder, TextEncoder)
 Job = TypeVar("Job", ImageJob, TextJob)
 
@@ -274,8 +273,8 @@ def _time_images(job: ImageJob) -> float:
     batch_size = job.layout.batch_size
     rows = _spread(len(job.source), CALIBRATION_BATCHES * batch_size)
     begin = time.perf_counter()
-    with job.decode([job.key(row) for row in rows]) as decoded:
-        for _ in decoded:
+    with job.decoders() as decode:
+        for _ in decode(rows):
             pass
     decoding_seconds = (time.perf_counter() - begin) / len(rows)
     models: list[list[ImageEncoder]] = []
@@ -305,17 +304,22 @@ def _share_cores(device: torch.device) -> bool:
 def _time_texts(job: TextJob) -> float:
     """Return the seconds that one row takes."""
     captions = job.source.captions
-    batch_size = job.layout.batch_size
+    # As many as a few batches of the default size, whatever this layout's limits are.
+    n_sampled = CALIBRATION_BATCHES * min(job.layout.batch_size, MAX_SAMPLED_CAPTIONS)
     encoders = [target.encoder for target in job.targets]
     encode_cuts = partial(encode_texts, encoders)
-    sample_rows = _spread(len(captions), CALIBRATION_BATCHES * batch_size)
+    sample_rows = _spread(len(captions), n_sampled)
     sample = [captions[row] for row in sample_rows]
     good_captions = [caption for caption in sample if not caption_error(caption)]
     if not good_captions:
         return 0.0
     # Sorted as TextJob does, so that batches have captions of like length.
     ids = sorted(encoders[0].tokenize(good_captions).ids, key=len)
-    batches = [ids[begin : begin + batch_size] for begin in range(0, len(ids), batch_size)]
+    lengths = [len(caption_ids) for caption_ids in ids]
+    batches = [
+        [ids[i] for i in batch.captions]
+        for batch in divide_captions(lengths, job.layout, encoders[0])
+    ]
 
     def encode() -> None:
         for batch in batches:

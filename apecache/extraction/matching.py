@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from apecache.data.media import NoMedia
 from apecache.data.pairs import PairSource
 from apecache.extraction.contents import SEEN, StoredBlock, TableContents
-from apecache.extraction.encode import caption_error
+from apecache.extraction.encode_texts import caption_error
 from apecache.fingerprint import Modality
 from apecache.store.layout import storable
 from apecache.store.reader import FeatureStore

@@ -25,7 +25,8 @@ from apecache.encoders.encoder import ImageEncoder, TextEncoder, encode_images, 
 from apecache.encoders.load import load_image_encoders, load_text_encoders
 from apecache.encoders.spec import PRECISIONS, EncoderSpec, Precision
 from apecache.errors import OptionError, RowError, nearest
-from apecache.extraction.encode import caption_error, encode_or_halve
+from apecache.extraction.encode import encode_or_halve
+from apecache.extraction.encode_texts import caption_error
 from apecache.extraction.spec import ExtractSpec, MeasuredPrecision
 from apecache.fingerprint import Modality
 from apecache.storage.files import Files

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from apecache.encoders.encoder import TextEncoder
 from apecache.errors import MismatchError, RowError
-from apecache.extraction.encode import ArrayTarget, ImageJob, TextJob
+from apecache.extraction.encode import ArrayTarget, ImageJob
+from apecache.extraction.encode_texts import TextJob
 from apecache.extraction.spec import LEAST_TOLERANCE
 from apecache.fingerprint import content_hash
 from apecache.storage.files import Files
@@ -118,9 +119,16 @@ def _encode_rows(
         views=job.views,
     )
     row_pixels: list[torch.Tensor] = []
-    for row in rows:
-        (pixels,) = target_job.preprocess(target_job.load(job.key(row)))
-        row_pixels.append(pixels)
+    if target_job.decodes_on_device:
+        with target_job.decoders() as decode:
+            for decoded in decode(rows):
+                if decoded.value is None:
+                    assert decoded.error is not None
+                    raise decoded.error
+                row_pixels += decoded.value
+    else:
+        for row in rows:
+            row_pixels += target_job.preprocess(target_job.load(job.key(row)))
     batch = torch.stack(row_pixels)
     encoder = job.targets[target_position].encoder
     view_features = [encoder.encode(batch[:, view]) for view in range(batch.shape[1])]

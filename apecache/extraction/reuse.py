@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from apecache.arguments import AnyPath
 from apecache.data.pairs import PairSource
 from apecache.extraction.contents import stored_blocks, table_contents
-from apecache.extraction.encode import ImageJob, TextJob
+from apecache.extraction.encode import ImageJob
+from apecache.extraction.encode_texts import TextJob
 from apecache.extraction.matching import Matching
 from apecache.extraction.segments import BlockInputs, Segment, make_segment
 from apecache.extraction.stamps import stamp_table, write_stamps

@@ -8,9 +8,9 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from apecache.arguments import AnyPath, as_place, require_spec, require_type
 from apecache.data.media import FolderMedia, NoMedia, ObjectMedia, base_media
@@ -19,14 +19,9 @@ from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoders, load_text_encoders
 from apecache.errors import BadRowsError, ManifestError, OptionError, RowError, counted
 from apecache.extraction.arrays import prepare_arrays
-from apecache.extraction.encode import (
-    ArrayTarget,
-    EncodedShard,
-    ImageJob,
-    TextJob,
-    image_jobs,
-    text_jobs,
-)
+from apecache.extraction.background import BackgroundCommits
+from apecache.extraction.encode import ArrayTarget, EncodedShard, ImageJob, image_jobs
+from apecache.extraction.encode_texts import TextJob, text_jobs
 from apecache.extraction.precision import with_precision
 from apecache.extraction.recheck import spot_check
 from apecache.extraction.report import (
@@ -398,16 +393,25 @@ def _run(
     )
     advance(n_part_rows - n_pending_rows)
     begin = time.perf_counter()
-    for shard, encoded in zip(pending, job.shards(pending, advance), strict=True):
-        arrays = zip(writers, committed, encoded.features, strict=True)
-        for writer, committed_shards, features in arrays:
+
+    def commit(shard: int, encoded: EncodedShard) -> None:
+        for target_index, writer in enumerate(writers):
+            if shard not in committed[target_index]:
+                commit_shard(writer, shard, target_index, encoded, job)
+
+    def count(shard: int, encoded: EncodedShard) -> None:
+        for writer, committed_shards in zip(writers, committed, strict=True):
             if shard not in committed_shards:
-                commit_shard(writer, shard, features, encoded, job)
                 count_shard(total.tallies[writer.record.name], encoded)
         total.n_bad += len(encoded.bad)
         logger.debug("%s features %s: shard %d is committed", total.modality, names, shard)
         # No new row, but the progress shows the commit.
         advance(0)
+
+    # Commits run beside the encoding: the thread that feeds the device waits for no disk.
+    with BackgroundCommits() as commits:
+        for shard, encoded in zip(pending, job.shards(pending, advance), strict=True):
+            commits.put(partial(commit, shard, encoded), partial(count, shard, encoded))
     # Of several parts the one that ends last finds nothing pending, and seals.
     for writer in writers:
         if shard_range.whole or not writer.pending():
@@ -423,26 +427,26 @@ def count_rows(layout: ArrayLayout, shards: Iterable[int]) -> int:
 def commit_shard(
     writer: ArrayWriter,
     shard: int,
-    encoded: NDArray[np.float32],
-    whole: EncodedShard,
+    target_index: int,
+    encoded: EncodedShard,
     job: ImageJob | TextJob,
 ) -> None:
     """Commit one shard of one array; rows that are not finite are quarantined as well.
 
     Args:
+        writer: of the array.
         shard: its index.
-        encoded: float32 [n, *row_shape], the features of this array.
-        whole: the shard as it was encoded for all arrays of the job.
+        target_index: index of the array among the job's targets.
+        encoded: the shard as it was encoded for all arrays of the job.
+        job: what encoded it.
     """
     layout = writer.record.layout
-    # An overflow gives infinity, which is found below and reported by row.
-    with np.errstate(over="ignore"):
-        features = encoded.astype(layout.read_dtype)
-    bad = dict(whole.bad)
+    features = encoded.features[target_index]
+    bad = dict(encoded.bad)
     is_finite = np.isfinite(features).reshape(len(features), -1).all(1)
     for row_in_shard in np.flatnonzero(~is_finite).tolist():
         # Finite in float32: the storage dtype is at fault, and not the model.
-        if np.isfinite(encoded[row_in_shard]).all():
+        if encoded.finite[target_index][row_in_shard]:
             detail = f"a value is beyond {layout.read_dtype}; use --storage float32"
             error = RowError("overflow", detail)
         else:
@@ -462,7 +466,7 @@ def commit_shard(
     writer.commit(
         shard,
         features=features,
-        content=whole.content,
+        content=encoded.content,
         quarantined=quarantined,
-        lengths=whole.lengths if layout.ragged else None,
+        lengths=encoded.lengths if layout.ragged else None,
     )

@@ -8,6 +8,7 @@ from apecache.arguments import AnyPath, require_type
 from apecache.data.augment import Views
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.spec import EncoderSpec, Precision
+from apecache.extraction.device_decoding import DecodeDevice
 from apecache.extraction.shard_range import WHOLE, ShardRange
 from apecache.fingerprint import Json
 
@@ -69,6 +70,10 @@ class ExtractSpec:
     """As `image`."""
     image_batch: int | None = None
     text_batch: int | None = None
+    text_batch_tokens: int | None = None
+    """Most tokens of a batch of captions, padding included: a batch has more captions where they
+    are short. None: for new arrays 16,384 on accelerators, unless `text_batch` is given; on a CPU
+    only `text_batch` limits a batch."""
     shard_rows: int | None = None
     storage_dtype: Literal["float16", "float32", "int8"] = "float16"
     workers: int | None = None
@@ -92,9 +97,13 @@ class ExtractSpec:
     views: Views | None = None
     """Augmentations to encode in place of each image."""
     compiled: bool | None = None
-    """Run image encoders by TorchInductor, unless the cut is after a block. None: for 4,096 images
-    and ten minutes of encoding or more, if a measured compiled batch takes less than 0.9 of the
+    """Run encoders by TorchInductor, unless the cut is after a block. Captions are then padded to
+    one of a few lengths, each of which is compiled. None: image encoders only, for 4,096 images and
+    ten minutes of encoding or more, if a measured compiled batch takes less than 0.9 of the
     time."""
+    decode: DecodeDevice | None = None
+    """Where JPEG files are decoded: on the CPU, or by nvJPEG on CUDA, whose pixels differ. None:
+    for arrays that the store has, where theirs were; for new ones on the CPU."""
     precision: Precision | None = None
     """Precision of all encoders. None: for arrays that the store has, theirs; for new ones that of
     each `EncoderSpec` unless it is float32; on a CPU float32; else the fastest one whose features

@@ -262,7 +262,7 @@ class StepTimer:
             return source(count)
         if cut == "pooled":
             pooled = torch.randn(count, tower.output_dim, device=self.device)
-            return CachedInputs(features=pooled.half())
+            return CachedInputs(features=pooled.half(), device=pooled.device)
         is_image = tower.modality == "image"
         shape_only = self._shape(self.image if is_image else self.text)
         shape = shape_only.run_to(cut, *example(shape_only, self.spec)).shape[1:]

@@ -16,7 +16,7 @@ from apecache.arguments import AnyPath, as_place, as_texts, require_type, wrong_
 from apecache.data.images import PICTURES, Picture, open_readable, require_picture
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError
-from apecache.extraction.encode import caption_error
+from apecache.extraction.encode_texts import caption_error
 from apecache.runs.bundle import bundled_encoders
 from apecache.runs.load import BATCH, Embed, Run, image_embedder, load_run, text_embedder
 from apecache.runs.remote import fetched_run

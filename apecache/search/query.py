@@ -16,7 +16,7 @@ from apecache.data.images import PICTURES, SUFFIXES, Picture, open_readable, req
 from apecache.device import is_accelerator, resolve_device
 from apecache.encoders.spec import EncoderSpec
 from apecache.errors import DataError, OptionError, RunError, nearest
-from apecache.extraction.encode import caption_error
+from apecache.extraction.encode_texts import caption_error
 from apecache.heads.normalization import normalize
 from apecache.metrics.csls import CSLS_NEIGHBORS
 from apecache.runs.bundle import bundled_encoders

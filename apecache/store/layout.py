@@ -113,12 +113,16 @@ class ArrayLayout:
     """Whether rows differ in their number of tokens."""
     compiled: bool = False
     """Whether TorchInductor had compiled the model."""
+    batch_tokens: int | None = None
+    """Most tokens of a batch of captions, padding included; None: only `batch_size` limits it."""
 
     def to_json(self) -> Json:
         fields = asdict(self)
-        # Left out where it is False: other records are the same as without the field.
+        # Left out where they say nothing: other records are the same as without the fields.
         if not self.compiled:
             del fields["compiled"]
+        if self.batch_tokens is None:
+            del fields["batch_tokens"]
         return fields
 
     @property
@@ -249,6 +253,7 @@ def layout_from_json(value: Any) -> ArrayLayout:
         layout.threads,
         layout.views,
         layout.tokens,
+        layout.batch_tokens,
     )
     all_positive = all(
         type(count) is int and count >= 1 for count in positive_fields if count is not None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from apecache.arguments import AnyPath
 from apecache.data.recorded import RecordedImages
+from apecache.device import free_memory_bytes
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.layers import resolve_layer
 from apecache.encoders.load import load_classifier, load_image_encoder, load_text_encoder
@@ -41,6 +42,10 @@ from apecache.train.live import (
 )
 from apecache.train.paired_rows import Features, select_pairs
 from apecache.train.pooling import cached_array
+
+CACHED_SHARE = 0.25
+"""Share of the free device memory that cached features may take. Towers, their gradients and
+activations need the rest, and how much is known only when they run."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,8 @@ class SideSource:
     side: Modality
     """Modality of the side."""
     features: Tensor | None
-    """Features [rows, dim] on the device, or tokens [rows, tokens, dim] on the host."""
+    """Features [rows, dim] on the device or, where they do not fit, on the host; or tokens
+    [rows, tokens, dim] on the host."""
     encoder: ImageEncoder | TextEncoder | None
     """Encoder whose tower runs; None: the side is read from `features`."""
     encoder_spec: EncoderSpec
@@ -165,10 +171,9 @@ def open_source(
             raise RecipeError(
                 f"{side} features {array.name} are no pooled features of one view; choose others"
             )
-        features = torch.from_numpy(array.load()).to(device)
         return SideSource(
             side=side,
-            features=features,
+            features=_placed(torch.from_numpy(array.load()), device),
             encoder=None,
             encoder_spec=array.record.spec,
             fingerprint=array.record.encoder,
@@ -206,6 +211,14 @@ def open_source(
     if tokens and array is not None and spec.cache:
         return _with_tokens(source, array, encoder)
     return source
+
+
+def _placed(features: Tensor, device: torch.device) -> Tensor:
+    """Return pooled features on the device if they leave enough of it, else on the host."""
+    free_bytes = free_memory_bytes(device)
+    if free_bytes is not None and features.nbytes > CACHED_SHARE * free_bytes:
+        return features
+    return features.to(device)
 
 
 def _with_tokens(
@@ -364,7 +377,7 @@ def open_inputs(
     encoder = source.encoder
     if source.features is not None:
         if encoder is None:
-            return CachedInputs(features=source.features)
+            return CachedInputs(features=source.features, device=device)
         return TokenInputs(
             features=source.features,
             lengths=source.lengths,

@@ -183,7 +183,8 @@ def _model(opened: FitInputs, train: FeaturePairs, device: torch.device) -> Enco
     for side, source, rows in zip(sides, sources, train_rows, strict=True):
         # Features of a tower that trains change, so only frozen sides have statistics.
         if isinstance(side, Side) and side.tower is None and source.features is not None:
-            side.head.fit_statistics(source.features[rows.to(device)])
+            used = source.features[rows.to(source.features.device)]
+            side.head.fit_statistics(used.to(device))
     if opened.start is not None and spec.init_from is not None:
         begin_from(opened.start, model, Path(spec.init_from))
     return model

@@ -143,6 +143,10 @@ class Fit(ABC, Generic[Model]):
             The divided loss, on the device, detached.
         """
 
+    def read_ahead(self, drawn: Iterator[Batch]) -> Iterator[Batch]:
+        """Return the batches of an epoch; a fit may begin to read what the next one needs."""
+        return drawn
+
     def join_gradients(self) -> None:
         """Add up gradients over processes, once before the optimizer's step."""
 

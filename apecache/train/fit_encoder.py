@@ -34,7 +34,7 @@ from apecache.train.fit import StepCount, seeded
 from apecache.train.lint.checks import lint_encoder_data
 from apecache.train.lint.findings import Finding, require_sound
 from apecache.train.lint.model_checks import lint_groups
-from apecache.train.live import OpenImage
+from apecache.train.live import OpenImage, reading
 from apecache.train.loop import FitProgress
 from apecache.train.ranks import Ranks, joined, own_device
 from apecache.train.session import (
@@ -173,7 +173,9 @@ def _fit(
     )
     loading_seconds = time.perf_counter() - begin
     ranks.wait()  # All processes have read the folder before the first one writes to it.
-    with locked(out) if ranks.first else nullcontext(), seeded(spec.seed + 1, device):
+    own_folder = locked(out) if ranks.first else nullcontext()
+    inputs = (*training.inputs, *training.seen)
+    with own_folder, seeded(spec.seed + 1, device), reading(inputs):
         resumed_step = run_in_folder(
             training,
             train=train,

@@ -56,7 +56,7 @@ def backward_in_slices(
         OptionError: There are several slices or processes, and a layer draws random numbers
             otherwise than by sample.
     """
-    own_slices = _slices(ranks.shares(n)[ranks.rank], slice_size)
+    own_slices = slices_of(ranks.shares(n)[ranks.rank], slice_size)
     seed = int(torch.randint(2**62, ()))
     whole_batch = len(own_slices[0]) == n
     encode_seeded = partial(
@@ -86,7 +86,7 @@ def backward_in_slices(
     return value.detach()
 
 
-def _slices(share: range, size: int | None) -> list[range]:
+def slices_of(share: range, size: int | None) -> list[range]:
     """Cut a share into slices of at most `size` positions."""
     step = size or len(share)
     return [

@@ -3,16 +3,20 @@
 For a frozen tower these are cached features, for a live one pixels, token ids or cached tokens.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from os import cpu_count
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from apecache.data.augment import Views
+from apecache.data.decoding import MAX_THREADS
 from apecache.data.images import Picture, open_picture
+from apecache.device import send
 from apecache.encoders.encoder import TextEncoder
 from apecache.encoders.preprocess import Preprocess
 from apecache.encoders.whole_view import WholeView, whole_view
@@ -39,12 +43,18 @@ class CachedInputs:
     """Read cached features of a frozen tower."""
 
     features: Tensor
-    """[rows, dim], on the device."""
+    """[rows, dim], on the device, or on the host where they do not fit there."""
+    device: torch.device
+    """Device of the fit."""
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return features [n, dim], float32, without a mask."""
         index = torch.tensor(rows, device=self.features.device)
-        return self.features[index].float(), None
+        taken = self.features[index]
+        if taken.device != self.device:
+            # Cast on the device: features that are stored in float16 are half the bytes to send.
+            taken = send(taken, self.device)
+        return taken.float(), None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +100,59 @@ class TextInputs:
         return self.encoder.pad([self.ids[row] for row in rows])
 
 
+ReadKey = tuple[int, int | None, int]
+"""Row, caption and epoch of an image that is read."""
+
+
+class ImageReader:
+    """Keep threads that read images, and what they have read ahead."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: dict[ReadKey, Future[Tensor]] = {}
+
+    def begin(
+        self,
+        key: ReadKey,
+        read: Callable[[int, int | None], Tensor],
+        threads: int,
+    ) -> Future[Tensor]:
+        """Begin to read one image, unless that has been begun."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        if key not in self._ahead:
+            self._ahead[key] = self._pool.submit(read, key[0], key[1])
+        return self._ahead[key]
+
+    def forget(self, keys: Sequence[ReadKey]) -> None:
+        """Forget images that have been taken."""
+        for key in keys:
+            self._ahead.pop(key, None)
+
+    def close(self) -> None:
+        """End the threads; images that have not been begun are not read."""
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+
+def default_threads() -> int:
+    """Return the number of threads that read images, as in extraction: one for each core."""
+    return min(MAX_THREADS, cpu_count() or 1)
+
+
+@contextmanager
+def reading(inputs: Sequence[Inputs]) -> Iterator[None]:
+    """End the threads of these inputs at the end, also after an error."""
+    try:
+        yield
+    finally:
+        for side in inputs:
+            if isinstance(side, ImageInputs):
+                side.reader.close()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageInputs:
     """Read images as pixels, preprocessed as for extraction."""
@@ -102,8 +165,10 @@ class ImageInputs:
     """Preprocessing of the encoder."""
     device: torch.device
     """Device of the tower."""
-    workers: int = 4
+    workers: int = field(default_factory=default_threads)
     """Threads that read."""
+    reader: ImageReader = field(default_factory=ImageReader, compare=False)
+    """Threads and what they have read; views of the same images share it."""
     views: Views | None = None
     """Views that training sees; None: the images themselves."""
     epoch: int = 0
@@ -117,14 +182,31 @@ class ImageInputs:
         whole_preprocess = self.preprocess
         if not isinstance(whole_preprocess, WholeView):
             whole_preprocess = whole_view(whole_preprocess)
-        return replace(self, preprocess=whole_preprocess, views=views, epoch=epoch)
+        # A reader of its own: it has read these images as they are, for an evaluation.
+        return replace(
+            self,
+            preprocess=whole_preprocess,
+            views=views,
+            epoch=epoch,
+            reader=ImageReader(),
+        )
+
+    def read_ahead(self, rows: Sequence[int]) -> None:
+        """Begin to read what `take` is about to be called for."""
+        for key in self._keys(rows):
+            self.reader.begin(key, self._read, self.workers)
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return pixels [n, 3, height, width], without a mask."""
+        keys = self._keys(rows)
+        futures = [self.reader.begin(key, self._read, self.workers) for key in keys]
+        pixels = [future.result() for future in futures]
+        self.reader.forget(keys)
+        return send(torch.stack(pixels), self.device), None
+
+    def _keys(self, rows: Sequence[int]) -> list[ReadKey]:
         captions: Sequence[int | None] = self.captions or [None for _ in rows]
-        with ThreadPoolExecutor(self.workers) as pool:
-            pixels = list(pool.map(self._read, rows, captions))
-        return torch.stack(pixels).to(self.device), None
+        return [(row, caption, self.epoch) for row, caption in zip(rows, captions, strict=True)]
 
     def _read(self, row: int, caption: int | None) -> Tensor:
         """Read one image. Raises DataError if it is unreadable."""

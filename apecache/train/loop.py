@@ -194,6 +194,7 @@ def take_steps(
 ) -> None:
     """Take steps on these batches up to the end of the epoch, on CUDA with products in TF32."""
     training.model.train()
+    drawn = training.read_ahead(drawn)
     while training.in_epoch < plan.per_epoch and training.step < plan.n_steps:
         step_batches = islice(drawn, plan.accumulate)
         # Steps alone: evaluations and closed forms keep the products of float32.

@@ -1,8 +1,8 @@
 """Give the loop of a fit what it needs of towers: gradients of a batch, and retrieval on dev."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from apecache.recipes.recipe import Recipe
 from apecache.train.batches import Batch, FeaturePairs
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit import Fit
-from apecache.train.grad_cache import backward_in_slices
+from apecache.train.grad_cache import backward_in_slices, slices_of
 from apecache.train.live import ImageInputs, Inputs
 from apecache.train.ranks import Ranks
 
@@ -48,42 +48,72 @@ class EncoderFit(Fit[EncoderModel]):
         self.spec = spec
         self.ranks = ranks
         self.seen = _as_seen(inputs, image_views(recipe, spec, inputs))
+        self.next_rows: _Rows | None = None
 
     def add_gradients(self, batch: Batch, accumulate: int) -> Tensor:
         """Add the gradients of a batch, slice by slice. See `Fit.add_gradients`."""
-        images = batch.image.tolist()
-        texts = batch.text.tolist()
-        texts_per_image = len(texts) // len(images)
+        rows = _Rows.of(batch)
         groups = _on(batch.groups, self.device)
-        # `epoch` counts the epochs that are done; the views are those of the present one.
-        inputs = self.seen
-        if isinstance(inputs[0], ImageInputs):
-            inputs = (replace(inputs[0], epoch=self.epoch + 1), inputs[1])
+        # Each of several slices is encoded twice, one pass after the other.
+        slices = self._slices(rows)
+        upcoming = iter([*slices[1:], *(slices if len(slices) > 1 else [])])
 
         def encode(positions: range) -> tuple[Tensor, Tensor]:
-            first_text = positions.start * texts_per_image
-            end_text = positions.stop * texts_per_image
-            image_rows = images[positions.start : positions.stop]
-            text_rows = texts[first_text:end_text]
-            image_inputs = inputs[0]
-            if self.recipe.schedule.epoch == "pairs" and isinstance(image_inputs, ImageInputs):
-                image_inputs = replace(image_inputs, captions=text_rows)
-            image = self._run(self.model.image, image_inputs, image_rows)
-            text = self._run(self.model.text, inputs[1], text_rows)
+            image_inputs, image_rows = self._images(rows, positions)
+            pixels = image_inputs.take(image_rows)
+            # The next slice is read while this one is computed; after the last one, the next batch.
+            following = next(upcoming, None)
+            if following is not None:
+                self._read(rows, following)
+            elif self.next_rows is not None:
+                self._read(self.next_rows, self._slices(self.next_rows)[0])
+            with self._autocast():
+                # The loss is computed in float32, also where the tower computes in bfloat16.
+                image = self.model.image.outputs(*pixels).float()
+            text = self._run(self.model.text, self.seen[1], rows.texts_of(positions))
             return image, text
 
         def loss(image: Tensor, text: Tensor) -> Tensor:
-            return self.model.loss(image, text, images, groups, self.step) / accumulate
+            return self.model.loss(image, text, rows.images, groups, self.step) / accumulate
 
         with self._attention():
             return backward_in_slices(
                 encode,
                 loss=loss,
-                n=len(images),
+                n=len(rows.images),
                 slice_size=self.spec.slice_size,
                 ranks=self.ranks,
                 device=self.device,
             )
+
+    def read_ahead(self, drawn: Iterator[Batch]) -> Iterator[Batch]:
+        """Yield the batches of an epoch, each once the rows of the next one are known."""
+        batch = next(drawn, None)
+        while batch is not None:
+            following = next(drawn, None)
+            self.next_rows = None if following is None else _Rows.of(following)
+            yield batch
+            batch = following
+
+    def _slices(self, rows: "_Rows") -> list[range]:
+        """Return the positions of a batch that this process encodes, slice by slice."""
+        share = self.ranks.shares(len(rows.images))[self.ranks.rank]
+        return slices_of(share, self.spec.slice_size)
+
+    def _images(self, rows: "_Rows", positions: range) -> tuple[Inputs, list[int]]:
+        """Return the image inputs as training sees them, and the rows of these positions."""
+        inputs = self.seen[0]
+        if isinstance(inputs, ImageInputs):
+            # `epoch` counts the epochs that are done; the views are those of the present one.
+            captions = rows.texts_of(positions) if self.recipe.schedule.epoch == "pairs" else ()
+            inputs = replace(inputs, epoch=self.epoch + 1, captions=captions)
+        return inputs, rows.images[positions.start : positions.stop]
+
+    def _read(self, rows: "_Rows", positions: range) -> None:
+        """Begin to read the images of these positions."""
+        inputs, image_rows = self._images(rows, positions)
+        if isinstance(inputs, ImageInputs):
+            inputs.read_ahead(image_rows)
 
     def join_gradients(self) -> None:
         """Add up the gradients of all processes."""
@@ -120,8 +150,13 @@ class EncoderFit(Fit[EncoderModel]):
         for begin in rank_share[::EVALUATION_BATCH]:
             end = min(begin + EVALUATION_BATCH, rank_share.stop)
             batches.append(rows[begin:end])
-        with self._autocast():
-            embedded_batches = [side(*source.take(batch)).float() for batch in batches]
+        embedded_batches: list[Tensor] = []
+        for batch, following in zip(batches, [*batches[1:], []], strict=True):
+            inputs = source.take(batch)
+            if isinstance(source, ImageInputs):
+                source.read_ahead(following)
+            with self._autocast():
+                embedded_batches.append(side(*inputs).float())
         return self.ranks.gathered(torch.cat(embedded_batches), rank_share.start, len(rows))
 
     def _autocast(self) -> Any:
@@ -136,6 +171,24 @@ class EncoderFit(Fit[EncoderModel]):
         # ten times its time in float32, which made a step of ViT-S/14 at 56 px 1.5 times as long).
         is_slow = self.device.type == "cpu" and self.spec.uses_bfloat16(self.device)
         return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """Hold the rows of the store's table that a batch has."""
+
+    images: list[int]
+    texts: list[int]
+    """As many for each image, in the order of the images."""
+
+    @staticmethod
+    def of(batch: Batch) -> "_Rows":
+        return _Rows(images=batch.image.tolist(), texts=batch.text.tolist())
+
+    def texts_of(self, positions: range) -> list[int]:
+        """Return the texts of the images at these positions."""
+        per_image = len(self.texts) // len(self.images)
+        return self.texts[positions.start * per_image : positions.stop * per_image]
 
 
 def image_views(

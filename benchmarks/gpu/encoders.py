@@ -216,6 +216,11 @@ def extractions(context: PartContext) -> None:
     _extraction(context, "vit-b", n_images, ExtractSpec(image=base()))
     tokens = ExtractSpec(image=base(resize="torchvision", pooling="tokens"))
     _extraction(context, "vit-b tokens", n_images // 4, tokens)
+    counted = ExtractSpec(text=text, text_batch=BATCH)
+    _extraction(context, "captions, 256 in a batch", n_images // 2, counted)
+    if context.device.type == "cuda":
+        on_device = ExtractSpec(image=base(resize="torchvision"), decode="cuda")
+        _extraction(context, "vit-b decoded on the device", n_images, on_device)
 
 
 def _extraction(context: PartContext, name: str, n_images: int, spec: ExtractSpec) -> None:

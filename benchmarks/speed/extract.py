@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ from benchmarks.speed.peers import BATCH, sentence_transformers_encode, timm_loo
 
 SIZES = (500, 640, 1600)
 TEXT_BATCH = CPU_BATCH["text"]
+TEXT_BATCH_TOKENS = (512, 2048)
 WORKERS = len(os.sched_getaffinity(0))
 KILL_SHARDS = 20
 PARTS = ("images", "decoding", "texts", "growth", "resume", "finished")
@@ -312,6 +314,11 @@ class Bench:
         }
         cases |= {name: lambda loop=loop: loop(texts) for name, loop in loops.items()}  # type: ignore[misc]
         cases |= {"apecache": lambda: self.run(source, encoders, spec)}
+        for n_tokens in TEXT_BATCH_TOKENS:
+            in_tokens = replace(spec, text_batch=None, text_batch_tokens=n_tokens)
+            cases[f"apecache, {n_tokens:,} tokens a batch"] = partial(
+                self.run, source, encoders, in_tokens
+            )
         costs = interleaved(cases, len(texts), self.scale.repeats)
         own = costs["apecache"].cpu
         goals = [Goal(name="captions: bare model and tokenizing / apecache, CPU",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from apecache_cli.app import app
@@ -22,6 +23,7 @@ from apecache.cluster.pool import Make, RaySpec
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import BadRowsError, DataError, EngineError, MismatchError, OptionError
+from apecache.extraction.encode import ImageJob
 from apecache.extraction.run import ExtractionState, ExtractReport, ExtractSpec, extract
 from apecache.extraction.shard_range import ShardRange
 from apecache.extraction.table_plan import TablePlan, plan_table
@@ -329,5 +331,47 @@ def test_the_command_on_a_cluster_makes_the_bytes_of_the_local_engine(
         ["extract", "pairs.tsv", "--store", "there", *encoders, *sizes, *ray],
     )
     assert result.exit_code == 0, result.output
-    assert result.stdout.splitlines()[-1].startswith("144 rows encoded in ")
+    assert result.stdout.splitlines()[-1].startswith("72 rows encoded in ")
     assert tree(Path("there")) == tree(Path("here"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_decoders_stay_from_shard_to_shard_and_are_made_again_after_an_error(
+    shapes_once: Path,
+    tmp_path: Path,
+    tiny_image_encoder: Path,
+    in_turn: None,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: int,
+) -> None:
+    encoder = loaded_once("image")((parse_encoder(f"timm:{tiny_image_encoder}", "image"),), "cpu")[
+        0
+    ]
+    spec = ExtractSpec(encoder.spec, shard_rows=5, device="cpu", workers=workers)
+    plan = plan_table(open_pairs(shapes_once), open_files(tmp_path / "store"), spec)
+    plan.begin()
+    (segment,) = plan.segments
+    actor = engine._Encoding({segment.files.place: segment.part}, spec, 1)
+    opened: list[ImageJob] = []
+    real = ImageJob.decoders
+
+    def decoders(job: ImageJob) -> Any:
+        opened.append(job)
+        return real(job)
+
+    monkeypatch.setattr(ImageJob, "decoders", decoders)
+    (task,) = actor.do(engine.PREPARE)  # type: ignore[misc, union-attr]
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageJob, "_encode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            actor.do(task_state.ShardRequest(task=task, shard=0))
+    for shard in (2, 0, 1):
+        actor.do(task_state.ShardRequest(task=task, shard=shard))
+    assert len(opened) == 2
+    actor._close_decoders()
+    local = extract(open_pairs(shapes_once), tmp_path / "local", spec)
+    rows = FeatureStore.open(local.store).array("image").load()
+    committed = FeatureStore.open(tmp_path / "store").array("image")
+    assert np.concatenate([committed.load_shard(shard) for shard in range(3)]).tobytes() == (
+        rows.tobytes()
+    )

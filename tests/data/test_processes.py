@@ -6,12 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from apecache.data import processes
+from apecache.data.decoding import PrefetchSpec, preprocess_ahead
+from apecache.data.images import LoadedImage
 from apecache.data.processes import Result, open_processes
 from apecache.errors import ApecacheError
 
@@ -24,11 +29,23 @@ def work(position):
         {moment}
     return [torch.zeros(2)], str(os.getpid()), None
 
-with open_processes(work, 10**6, [(2,)], 2, 4, 1000.0) as results:
+with open_processes(work, [(2,)], 2, 4, 1000.0) as results_of:
+    results = results_of(range(10**6))
     print(*sorted({{next(results)[1]}}), flush=True)
     for result in results:
         {after}
 """
+
+
+@contextmanager
+def in_order(
+    work: Callable[[int], Result],
+    count: int,
+    **settings: Any,
+) -> Iterator[Iterator[Result]]:
+    """Yield the results of the items 0 to `count` - 1."""
+    with open_processes(work, **settings) as results_of:
+        yield results_of(range(count))
 
 
 def children_of(pid: int) -> list[int]:
@@ -84,7 +101,7 @@ def test_an_interrupt_of_the_terminal_reaches_the_parent_only() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         return [torch.full((2,), float(position))], "", None
 
-    with open_processes(
+    with in_order(
         work,
         count=20,
         shapes=[(2,)],
@@ -101,7 +118,7 @@ def test_workers_killed_from_outside_cost_at_most_the_row_that_they_were_at() ->
         return [torch.full((2,), float(position))], str(os.getpid()), None
 
     lost = 0
-    with open_processes(
+    with in_order(
         work,
         count=400,
         shapes=[(2,)],
@@ -129,7 +146,7 @@ def test_workers_that_die_before_they_begin_are_an_error(monkeypatch: pytest.Mon
             ApecacheError,
             match="ended with exit status 3 before they begin; use --workers 0",
         ),
-        open_processes(
+        in_order(
             lambda position: ([], "", None),
             count=3,
             shapes=[],
@@ -144,23 +161,50 @@ def test_workers_that_die_before_they_begin_are_an_error(monkeypatch: pytest.Mon
 
 def test_no_more_workers_are_forked_than_there_is_work() -> None:
     others = children_of(os.getpid())  # of other tests in this process
-    with open_processes(
-        lambda position: ([torch.zeros(1)], "", None),
-        count=2,
+    with preprocess_ahead(
+        ["a", "b"],
+        load=lambda key: LoadedImage(image=key, digest=key),
+        preprocess=lambda loaded: [torch.zeros(1)],
         shapes=[(1,)],
-        workers=50,
-        ahead=4,
-        hang_seconds=5.0,
+        ahead=PrefetchSpec(workers=50, images=4, hang_seconds=5.0),
     ) as results:
         next(results)
         assert len(set(children_of(os.getpid())) - set(others)) == 2
+
+
+def test_processes_stay_from_one_call_to_the_next() -> None:
+    """As an actor of a cluster needs them: rows of one shard, and later those of another one."""
+
+    def work(item: int) -> Result:
+        if item == 7:
+            os._exit(9)
+        return [torch.full((1,), float(item))], str(os.getpid()), None
+
+    with open_processes(work, shapes=[(1,)], workers=2, ahead=3, hang_seconds=5.0) as results_of:
+        workers: list[set[str]] = []
+        for items in ([5, 3, 11, 2, 4], [], [1], list(range(20, 60))):
+            results = [
+                (values[0].item(), digest, error)
+                for values, digest, error in results_of(items)
+                if values
+            ]
+            assert [value for value, _, _ in results] == items
+            workers.append({digest for _, digest, _ in results})
+        assert set.union(*workers) <= set(map(str, children_of(os.getpid())))
+        # A worker that dies costs its item alone, in this call and in the next one.
+        lost = [error.reason if error else None for _, _, error in results_of([6, 7, 8])]
+        assert lost == [None, "decoder-crash", None]
+        # A consumer may take as many results as it has asked for and never end the iteration.
+        for _ in range(3):
+            results = results_of([9, 10])
+            assert [next(results)[0][0].item(), next(results)[0][0].item()] == [9, 10]
 
 
 def test_a_worker_computes_with_one_thread() -> None:
     def work(position: int) -> Result:
         return [torch.tensor([float(torch.get_num_threads())])], "", None
 
-    with open_processes(
+    with in_order(
         work,
         count=1,
         shapes=[(1,)],
@@ -180,7 +224,7 @@ def test_memory_does_not_grow_with_the_work(monkeypatch: pytest.MonkeyPatch) -> 
     def work(position: int) -> Result:
         return [torch.zeros(250_000)], "", None
 
-    with open_processes(
+    with in_order(
         work,
         count=600,
         shapes=[(250_000,)],

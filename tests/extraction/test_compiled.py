@@ -1,7 +1,6 @@
 """Compiled image encoders: asked for or measured to pay, recorded, and taken up by every later
 run."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -21,6 +20,7 @@ from apecache.encoders.encoder import ImageEncoder, _compiled, compile_images
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import EncoderError, MismatchError, OptionError
 from apecache.extraction.run import ExtractSpec, extract
+from apecache.store.layout import ArrayLayout
 from apecache.store.reader import FeatureStore
 
 pytestmark = pytest.mark.usefixtures("no_fsync", "load_once")
@@ -44,11 +44,15 @@ def plain_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """torch.compile without a compiler: counts the batches that go the compiled way."""
     calls = list[int]()
 
-    def compiled(run: Any, fullgraph: bool, options: Any) -> Any:
+    def compiled(run: Any, fullgraph: bool, dynamic: bool | None, options: Any) -> Any:
         assert fullgraph
         # Without it a cache of another processor gives NaN: see the test below.
         assert set(options) == {"cpp.simdlen"}
-        return lambda pixels: (calls.append(len(pixels)), run(pixels))[1]
+        # Only texts come in several shapes, each of which is compiled as it is.
+        return lambda *batch: (
+            calls.append(len(batch[0])) if dynamic is None else None,
+            run(*batch),
+        )[1]
 
     monkeypatch.setattr(torch, "compile", compiled)
     _compiled.cache_clear()
@@ -114,18 +118,12 @@ def test_it_is_recorded_and_a_later_run_goes_the_same_way(
     store = FeatureStore.open(tmp_path / "store")
     image = store.array("image").record
     text = store.array("text").record
-    assert (image.layout.compiled, text.layout.compiled) == (True, False)
+    assert (image.layout.compiled, text.layout.compiled) == (True, True)
     assert image.fingerprint.fields["storage"] == {
         "dtype": "float16",
         "batch_size": 4,
         "compile": "inductor",
     }
-    assert (
-        "compiled"
-        not in json.loads((store.path / "records/text/tiny-bert/fingerprint.json").read_text())[
-            "layout"
-        ]
-    )
     whole = tree(store.path)
     count = len(plain_compile)
     assert plain_compile == [4] * 6  # one to see that it works, and of shards of 5, 5 and 2 rows
@@ -218,6 +216,9 @@ def test_what_nobody_asked_for_is_measured(
 
     monkeypatch.setattr(compilation, "_seconds", seconds)
     monkeypatch.setattr(compilation, "compile_images", lambda _: None)
-    assert compilation.decide_compiled([vit], rows=rows, batch=32, requested=None) is wanted
-    assert compilation.decide_compiled([vit], rows=rows, batch=32, requested=False) is False
-    assert compilation.decide_compiled([vit], rows=rows, batch=32, requested=True) is True
+    layout = ArrayLayout(
+        rows=rows, dim=8, dtype="float16", shard_rows=256, batch_size=32, threads=1
+    )
+    assert compilation.decide_compiled([vit], layout=layout, requested=None) is wanted
+    assert compilation.decide_compiled([vit], layout=layout, requested=False) is False
+    assert compilation.decide_compiled([vit], layout=layout, requested=True) is True

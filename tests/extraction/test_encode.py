@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import apecache.extraction.encode_texts as texts
 from apecache.data.images import load_image
 from apecache.data.media import FolderMedia
 from apecache.data.pairs import Pair, PairSource
@@ -27,10 +28,9 @@ from apecache.extraction.encode import (
     ArrayTarget,
     EncodedShard,
     ImageJob,
-    TextJob,
-    caption_error,
     encode_or_halve,
 )
+from apecache.extraction.encode_texts import TextJob, caption_error
 from apecache.fingerprint import content_hash
 from apecache.store.layout import ArrayLayout, ArrayRecord
 
@@ -332,6 +332,75 @@ def test_captions_are_batched_by_length_inside_their_shard(bert: TextEncoder) ->
         flat = [length for batch in shard for length in batch]
         assert flat == sorted(flat)
     assert max(lengths[2]) > max(lengths[3])  # not sorted across shards
+
+
+def in_tokens(job: TextJob, tokens: int, compiled: bool = False) -> TextJob:
+    """Return the job with batches of so many tokens."""
+    (target,) = job.targets
+    layout = replace(target.record.layout, batch_tokens=tokens, compiled=compiled)
+    record = replace(target.record, layout=layout)
+    return replace(job, targets=(replace(target, record=record),))
+
+
+@pytest.mark.parametrize("tokens", [1, 30, 10_000])
+def test_a_batch_has_as_many_captions_as_its_tokens_allow(bert: TextEncoder, tokens: int) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def forward(ids: Tensor, mask: Tensor) -> Tensor:
+        shapes.append(tuple(ids.shape))
+        result: Tensor = bert.forward(ids, mask)
+        return result
+
+    counted = replace(bert, forward=forward)
+    job = in_tokens(text_job(CAPTIONS, counted, 64, shard_rows=12), tokens)
+    found = features(job)
+    assert sum(count for count, _ in shapes) == 12
+    # A caption that is longer than the budget is a batch of its own.
+    assert all(count * length <= tokens or count == 1 for count, length in shapes)
+    lengths = sorted(len(ids) for ids in bert.tokenize(CAPTIONS).ids)
+    n_taken = 0
+    for count, length in shapes:
+        n_taken += count
+        # No batch could have taken the next caption as well.
+        assert n_taken == 12 or (count + 1) * lengths[n_taken] > tokens
+        assert length == lengths[n_taken - 1]
+    assert cosines(found, features(text_job(CAPTIONS, bert, 1))).min() > 0.99999
+
+
+def test_batches_in_tokens_are_the_same_bits_in_any_order_of_shards(bert: TextEncoder) -> None:
+    job = in_tokens(text_job(CAPTIONS, bert, 64), 40)
+    forward = list(job.shards([0, 1, 2], lambda n: None))
+    backward = list(job.shards([2, 1, 0], lambda n: None))[::-1]
+    for first, second in zip(forward, backward, strict=True):
+        assert first.features[0].tobytes() == second.features[0].tobytes()
+
+
+def test_compiled_batches_have_one_shape_for_each_length(
+    bert: TextEncoder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Texts are padded to a few lengths, and batches are filled up to one size for each."""
+    shapes: list[tuple[int, int]] = []
+
+    def compile_texts(encoders: Sequence[TextEncoder]) -> Any:
+        def encode(ids: Sequence[Sequence[int]], length: int) -> list[Tensor]:
+            shapes.append((len(ids), length))
+            assert all(ids)
+            return [encoders[0].encode_ids([*ids, [1] * length])[:-1]]
+
+        return encode
+
+    monkeypatch.setattr(texts, "compile_texts", compile_texts)
+    captions = [CAPTIONS[0]] * 9 + list(CAPTIONS[9:])
+    job = in_tokens(text_job(captions, bert, 5), 96, compiled=True)
+    found = features(job)
+    sizes: dict[int, set[int]] = {}
+    for size, length in shapes:
+        sizes.setdefault(length, set()).add(size)
+        assert length in texts.BUCKETS or length == bert.max_tokens
+    assert all(len(of_length) == 1 for of_length in sizes.values())
+    assert all(max(of_length) * length <= 96 for length, of_length in sizes.items())
+    assert cosines(found, features(text_job(captions, bert, 1))).min() > 0.99999
 
 
 def test_captions_that_cannot_be_encoded_are_named_and_the_others_keep_their_rows(

@@ -36,6 +36,7 @@ from apecache.train import encoder_setup as module
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
+from apecache.train.live import ImageInputs
 from apecache.train.optim import parameter_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -904,3 +905,45 @@ def test_a_live_side_may_have_another_encoder_than_the_store(
     assert json.loads((tmp_path / "run" / DESCRIPTION).read_text())["text"]["encoder"][
         "name"
     ] == str(other_text_encoder)
+
+
+@pytest.mark.parametrize("slice_size", [None, 3])
+def test_images_are_read_while_the_slice_before_is_computed(
+    data: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    slice_size: int | None,
+) -> None:
+    """What a step takes has been asked for before, except for the first images of an epoch."""
+    asked: list[tuple[int, ...]] = []
+    taken: list[tuple[tuple[int, ...], bool]] = []
+    real_take = ImageInputs.take
+    real_read = ImageInputs.read_ahead
+
+    def take(inputs: ImageInputs, rows: Any) -> Any:
+        if inputs.epoch:
+            taken.append((tuple(rows), bool(asked) and asked[-1] == tuple(rows)))
+        return real_take(inputs, rows)
+
+    def read_ahead(inputs: ImageInputs, rows: Any) -> None:
+        if inputs.epoch:
+            asked.append(tuple(rows))
+        real_read(inputs, rows)
+
+    monkeypatch.setattr(ImageInputs, "take", take)
+    monkeypatch.setattr(ImageInputs, "read_ahead", read_ahead)
+    recipe = recipe_of("clip", "schedule.epochs=2", "augmentation={}")
+    store, open_image = data
+    spec = FitEncoderSpec(**SPEC, slice_size=slice_size)
+    report = fit_encoder(store, recipe=recipe, out=tmp_path, spec=spec, open_image=open_image)
+    n_batches = report.n_train_images // 8
+    # Slices of 3, 3 and 2 images, each twice; or the whole batch once.
+    n_takes = n_batches * (6 if slice_size else 1)
+    assert len(taken) == 2 * n_takes
+    for epoch in range(2):
+        begin = epoch * n_takes
+        assert [was_asked for _, was_asked in taken[begin : begin + n_takes]] == [
+            False,
+            *[True] * (n_takes - 1),
+        ]
+    assert len(asked) == 2 * (n_takes - 1)

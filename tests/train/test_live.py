@@ -1,5 +1,6 @@
 """What a training step reads: views of live images that depend on seed, epoch and key alone."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
+import apecache.train.encoder_data as encoder_data
 from apecache.data.augment import Views
 from apecache.data.images import load_image
 from apecache.data.media import FolderMedia
+from apecache.device import CPU
 from apecache.encoders.load import load_image_encoder
 from apecache.encoders.spec import parse_encoder
-from apecache.train.live import ImageInputs
+from apecache.errors import DataError, RowError
+from apecache.train.live import CachedInputs, ImageInputs, reading
 
 KEYS = [f"images/{color}-circle-0.png" for color in ("red", "green", "blue")]
 
@@ -65,3 +69,73 @@ def test_flipping_alone_mirrors_half_of_the_epochs(inputs: ImageInputs) -> None:
     assert all(
         torch.equal(pixels, plain) or torch.equal(pixels, plain.flip(-1)) for pixels in found
     )
+
+
+def test_what_is_read_ahead_is_read_once_and_is_what_a_step_takes(inputs: ImageInputs) -> None:
+    opened: list[str] = []
+
+    def open_image(key: str) -> Any:
+        opened.append(key)
+        return inputs.open_image(key)
+
+    counted = replace(inputs, open_image=open_image)
+    counted.read_ahead([2, 0])
+    pixels, _ = counted.take([2, 0])
+    assert sorted(opened) == sorted([KEYS[2], KEYS[0]])
+    assert torch.equal(pixels, inputs.take([2, 0])[0])
+    # Taken images are forgotten, and those of another epoch or caption are other views.
+    counted.take([2])
+    replace(counted, epoch=1).read_ahead([1])
+    counted.take([1])
+    counted.reader.close()
+    assert opened.count(KEYS[2]) == 2
+    assert opened.count(KEYS[0]) == 1
+    counted.reader.close()
+
+
+def test_an_image_that_cannot_be_read_is_told_when_it_is_taken(inputs: ImageInputs) -> None:
+    def refuse(key: str) -> Any:
+        raise RowError("missing", f"{key} is gone")
+
+    broken = replace(inputs, open_image=refuse)
+    broken.read_ahead([1])
+    with pytest.raises(DataError, match="image of row 1 cannot be read"):
+        broken.take([1])
+    broken.reader.close()
+
+
+def test_the_threads_end_with_the_fit_and_no_image_is_read_after_it(inputs: ImageInputs) -> None:
+    may_read = threading.Event()
+    opened: list[str] = []
+
+    def open_image(key: str) -> Any:
+        assert may_read.wait(60)
+        opened.append(key)
+        return inputs.open_image(key)
+
+    def fit() -> None:
+        slow = replace(inputs, open_image=open_image, workers=1)
+        with reading([slow]):
+            slow.read_ahead([0, 1, 2])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit()
+    may_read.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("decode"):
+            thread.join(60)
+    assert len(opened) <= 1
+
+
+def test_cached_features_that_do_not_fit_stay_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = torch.zeros(100, 8)
+    for free_bytes, device in ((4 * 3200, "meta"), (4 * 3200 - 1, "cpu"), (None, "meta")):
+        monkeypatch.setattr(encoder_data, "free_memory_bytes", lambda _, n=free_bytes: n)
+        placed = encoder_data._placed(features, torch.device("meta"))
+        assert placed.device.type == device
+    held = CachedInputs(features=torch.arange(12.0).view(4, 3).half(), device=CPU)
+    taken, mask = held.take([3, 1])
+    assert mask is None
+    assert taken.dtype == torch.float32
+    assert taken.tolist() == [[9, 10, 11], [3, 4, 5]]

@@ -22,7 +22,13 @@ from apecache.sweeps.population.stacked_heads import (
     StackedHeads,
     StackedParameter,
 )
-from apecache.sweeps.population.stacked_losses import batched_info_nce, stacked_info_nce
+from apecache.sweeps.population.stacked_losses import (
+    Gradients,
+    batched_info_nce,
+    batched_sigmoid,
+    stacked_info_nce,
+    stacked_sigmoid,
+)
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs
 from apecache.train.fit import HeadFit, StepCount
@@ -241,18 +247,23 @@ class MemberGroup:
         image, text = self._forward(seen_batch.image, seen_batch.text, standardized)
         if self._are_plain(seen_batch):
             contrast = self._contrast(image, text)
+        elif self._are_sigmoid(seen_batch):
+            contrast = self._contrast_pairs(seen_batch, image, text)
         else:
             contrast = self._one_by_one(seen_batch, image, text)
         return self._backward(*contrast)
 
     def _are_plain(self, batch: StackedBatch) -> bool:
         """Return whether the stacked loss is the loss of every member on this batch."""
-        n_logits = batch.image.shape[1] * batch.text.shape[1]
         return (
-            n_logits <= TILED_FROM
+            _fits_whole(batch)
             and all(groups is None for groups in batch.groups)
             and all(map(_is_plain, self.members))
         )
+
+    def _are_sigmoid(self, batch: StackedBatch) -> bool:
+        """Return whether the stacked sigmoid loss is the loss of every member on this batch."""
+        return _fits_whole(batch) and all(_is_alone(member, "sigmoid") for member in self.members)
 
     def _forward(self, image: Tensor, text: Tensor, standardized: bool) -> tuple[Tensor, Tensor]:
         image_heads, text_heads = self.heads
@@ -298,8 +309,36 @@ class MemberGroup:
             Losses, float [k], and their gradients by image and by text, float [k, n, dim].
         """
         info_nce = batched_info_nce if self.few_launches else stacked_info_nce
-        scale = self.temperature.value.exp() if self.is_log else 1 / self.temperature.value
-        losses, (by_image, by_text, by_log_scale) = info_nce(image, text, scale)
+        scale = self._scale()
+        losses, gradients = info_nce(image, text, scale)
+        return self._kept(losses, gradients, scale)
+
+    def _contrast_pairs(
+        self,
+        batch: StackedBatch,
+        image: Tensor,
+        text: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the sigmoid loss of every member, as `_contrast` does InfoNCE."""
+        sigmoid = batched_sigmoid if self.few_launches else stacked_sigmoid
+        scale = self._scale()
+        bias = self.temperatures[1]
+        losses, gradients, by_bias = sigmoid(image, text, scale, bias.value, _positives(batch))
+        bias.add(by_bias.div_(self.plan.accumulate))
+        return self._kept(losses, gradients, scale)
+
+    def _scale(self) -> Tensor:
+        """Return the factor of the cosines of every member, float [k]."""
+        return self.temperature.value.exp() if self.is_log else 1 / self.temperature.value
+
+    def _kept(
+        self,
+        losses: Tensor,
+        gradients: Gradients,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keep the gradient of the temperatures, and return losses and those of embeddings."""
+        by_image, by_text, by_log_scale = gradients
         # The mean over the accumulated batches, as in a fit of one member.
         if self.plan.accumulate > 1:
             for tensor in (losses, by_image, by_text, by_log_scale):
@@ -358,6 +397,31 @@ def _inputs(micro_batches: Sequence[StackedBatch], scalars: Tensor | None) -> li
 
 def _is_plain(member: HeadFit) -> bool:
     """Return whether the stacked loss is this member's loss."""
+    return _is_alone(member, "infonce")
+
+
+def _is_alone(member: HeadFit, kind: str) -> bool:
+    """Return whether a member's loss is of this kind, on whole embeddings, with no other term."""
     loss = member.recipe.loss
     is_ensemble = isinstance(member.model.image, EnsembleHead)
-    return loss.kind == "infonce" and not loss.structure and not loss.matryoshka and not is_ensemble
+    return loss.kind == kind and not loss.structure and not loss.matryoshka and not is_ensemble
+
+
+def _fits_whole(batch: StackedBatch) -> bool:
+    """Return whether a member's logits are computed at once, and not in tiles."""
+    return batch.image.shape[1] * batch.text.shape[1] <= TILED_FROM
+
+
+def _positives(batch: StackedBatch) -> Tensor:
+    """Return which pairs are positive, bool [k, n, m] or, where all are row with row, [1, n, n]."""
+    if all(groups is None for groups in batch.groups):
+        n_rows = batch.image.shape[1]
+        return torch.eye(n_rows, dtype=torch.bool, device=batch.image.device)[None]
+    # The others have groups of one.
+    own_row = torch.arange(batch.image.shape[1], device=batch.image.device)
+    masks: list[Tensor] = []
+    for groups in batch.groups:
+        images = own_row if groups is None else groups.image
+        texts = own_row if groups is None else groups.text
+        masks.append(images.unsqueeze(1) == texts.unsqueeze(0))
+    return torch.stack(masks)

@@ -1,7 +1,8 @@
-"""InfoNCE of several models at once, each with its own batch, and gradients in closed form."""
+"""Losses of several models at once, each with its own batch, and gradients in closed form."""
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 SAFE_SCALE = 40.0
 """Up to this scale the exponentials of the logits, and their sums, stay within float32, so that one
@@ -62,6 +63,68 @@ def stacked_info_nce(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor
         torch.addmm(model_image, softmaxes.T, model_image, beta=-2, out=by_text).mul_(factor)
         by_scales[i] = torch.dot(by_image.flatten(), model_image.flatten())
     return losses, (by_images, by_texts, by_scales)
+
+
+@torch.no_grad()
+def batched_sigmoid(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    same: Tensor,
+) -> tuple[Tensor, Gradients, Tensor]:
+    """Compute `sigmoid_loss` of each model and its gradients, of all models at once.
+
+    The gradient of a logit is (its sigmoid - 1 where the pair is positive) / m.
+
+    Args:
+        image: Embeddings, float [k, n, dim], L2-normalized.
+        text: Embeddings, float [k, m, dim], L2-normalized.
+        scale: The factor of the cosines, float [k].
+        bias: What is added to the logits, float [k].
+        same: Which pairs are positive, bool [k, n, m] or [1, n, m].
+
+    Returns:
+        Losses, float [k]; their gradients by image, text and the logarithm of the scale; and those
+        by the bias, float [k].
+    """
+    n_texts = text.shape[1]
+    factor = scale.view(-1, 1, 1)
+    logits = torch.baddbmm(bias.view(-1, 1, 1), image * factor, text.mT)
+    losses = softplus(torch.where(same, -logits, logits)).sum((1, 2)).div_(n_texts)
+    by_logits = logits.sigmoid_().sub_(same.to(logits.dtype)).div_(n_texts)
+    by_image = torch.bmm(by_logits, text).mul_(factor)
+    by_text = torch.bmm(by_logits.mT, image).mul_(factor)
+    by_scale = (by_image * image).sum((1, 2))
+    return losses, (by_image, by_text, by_scale), by_logits.sum((1, 2))
+
+
+@torch.no_grad()
+def stacked_sigmoid(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    same: Tensor,
+) -> tuple[Tensor, Gradients, Tensor]:
+    """Do what `batched_sigmoid` does model by model: the logits of one are in memory at a time."""
+    by_images = torch.empty_like(image)
+    by_texts = torch.empty_like(text)
+    by_scales = torch.empty_like(scale)
+    by_biases = torch.empty_like(bias)
+    losses = torch.empty_like(scale)
+    for i, same_of_model in enumerate(same.expand(len(image), -1, -1)):
+        of_model = slice(i, i + 1)
+        result = batched_sigmoid(
+            image[of_model],
+            text[of_model],
+            scale[of_model],
+            bias[of_model],
+            same_of_model[None],
+        )
+        losses[of_model], gradients, by_biases[of_model] = result
+        by_images[of_model], by_texts[of_model], by_scales[of_model] = gradients
+    return losses, (by_images, by_texts, by_scales), by_biases
 
 
 def _softmaxes(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,12 @@ STRUCTURES = {
     "identity": ["image.kind=identity", "image.dim=12", "text.dim=12"],
     "closed form": ["init=cca", "closed_form.ridge=[0.1]"],
     "sigmoid": ["loss.kind=sigmoid", "loss.temperature=0.1"],
+    "sigmoid of two captions, accumulated": [
+        "loss.kind=sigmoid",
+        "loss.temperature=0.1",
+        "loss.captions=2",
+        "schedule.accumulate=2",
+    ],
     "captions": ["loss.captions=2"],
     "structure": ["loss.structure=1.0", "loss.structure_warmup=3"],
     "mixup": ["augmentation.mixup=0.5"],

@@ -6,8 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from apecache.losses.contrastive import info_nce
-from apecache.sweeps.population.stacked_losses import batched_info_nce, stacked_info_nce
+from apecache.losses.contrastive import Groups, info_nce, sigmoid_loss
+from apecache.sweeps.population.stacked_losses import (
+    batched_info_nce,
+    batched_sigmoid,
+    stacked_info_nce,
+    stacked_sigmoid,
+)
 
 
 @pytest.mark.parametrize("loss", [stacked_info_nce, batched_info_nce])
@@ -28,3 +33,33 @@ def test_losses_and_gradients_are_those_of_info_nce(loss: Any, rows: int, scale:
     gradients = torch.autograd.grad(expected.sum(), (image, text, log_scales))
     found = loss(image.detach(), text.detach(), scales.detach())
     torch.testing.assert_close(found, (expected.detach(), gradients))
+
+
+@pytest.mark.parametrize("loss", [stacked_sigmoid, batched_sigmoid])
+@pytest.mark.parametrize("captions", [1, 2])
+def test_losses_and_gradients_are_those_of_the_sigmoid_loss(loss: Any, captions: int) -> None:
+    generator = torch.Generator().manual_seed(captions)
+
+    def embeddings(rows: int) -> torch.Tensor:
+        values = torch.randn(3, rows, 8, generator=generator, dtype=torch.float64)
+        return F.normalize(values, dim=-1).requires_grad_()
+
+    image = embeddings(9)
+    text = embeddings(9 * captions)
+    log_scales = torch.tensor([10.0, 3.0, 50.0], dtype=torch.float64).log().requires_grad_()
+    biases = torch.tensor([-10.0, 0.0, -2.0], dtype=torch.float64, requires_grad=True)
+    groups = [
+        Groups(
+            image=torch.randint(4, (9,), generator=generator),
+            text=torch.randint(4, (9 * captions,), generator=generator),
+        )
+        for _ in range(3)
+    ]
+    pieces = zip(image, text, log_scales.exp(), biases, groups, strict=True)
+    expected = torch.stack([sigmoid_loss(*piece) for piece in pieces])
+    by_image, by_text, by_scale, by_bias = torch.autograd.grad(
+        expected.sum(), (image, text, log_scales, biases)
+    )
+    same = torch.stack([g.image.unsqueeze(1) == g.text.unsqueeze(0) for g in groups])
+    found = loss(image.detach(), text.detach(), log_scales.exp().detach(), biases.detach(), same)
+    torch.testing.assert_close(found, (expected.detach(), (by_image, by_text, by_scale), by_bias))
