@@ -5,7 +5,7 @@ newest one first. Only then are the old views and blocks removed. So a reader al
 newest view whole, and an interrupted compaction is finished, or undone, by the next one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from apecache.store.layout import (
     SEGMENTS,
     SOURCE,
     VIEWS,
+    ZARR,
     ArrayRecord,
     segment_record_name,
     with_metadata,
@@ -82,8 +83,8 @@ def compact_store(files: Files, version: str) -> CompactReport:
     ids = view_ids(files)
     if not ids:
         return CompactReport(n_rows=0, n_bytes=0, blocks=())
-    # First what an interrupted run left: views that have a copy keep old blocks in use.
-    _remove_replaced_views(files)
+    # First what an interrupted run left: a view and its copy would both keep their rows.
+    _settle_copies(files)
     views = [open_view(files, view_id) for view_id in view_ids(files)]
     layout = _BlockRows(files, views)
     used = {modality: layout.used(modality) for modality in MODALITIES}
@@ -100,20 +101,28 @@ def compact_store(files: Files, version: str) -> CompactReport:
     return CompactReport(n_rows=n_unused, n_bytes=before - after, blocks=tuple(removed))
 
 
-def _remove_replaced_views(files: Files) -> None:
-    """Remove views that an interrupted compaction has committed again already."""
-    newest: dict[tuple[str, str], str] = {}
-    for view_id in reversed(view_ids(files)):
-        record = read_view_record(files, view_id)
-        # A view and its copy have one digest and one name.
-        identity = (record.digest, record.name)
-        if identity in newest and _is_copy(read_view_record(files, newest[identity]), record):
+def _settle_copies(files: Files) -> None:
+    """Finish an interrupted compaction that has committed every view again; else undo it.
+
+    Its block stays, and is used again.
+    """
+    records = {view_id: read_view_record(files, view_id) for view_id in view_ids(files)}
+    copies = {view_id: record for view_id, record in records.items() if _is_copy(record, records)}
+    originals = {record.parent for record in copies.values()}
+    is_complete = originals | set(copies) == set(records)
+    for view_id in records:
+        # The oldest first, so that the newest view stays the newest.
+        if view_id in (originals if is_complete else copies):
             remove_view(files, view_id)
-        newest.setdefault(identity, view_id)
 
 
-def _is_copy(record: ViewRecord, older: ViewRecord) -> bool:
-    return record.parent == older.view and len(record.blocks) == 1
+def _is_copy(record: ViewRecord, records: Mapping[str, ViewRecord]) -> bool:
+    """Return whether a view is another one, which is still there, committed on a new block."""
+    original = records.get(record.parent)
+    if original is None or len(record.blocks) != 1:
+        return False
+    # A view and its copy have one digest and one name.
+    return (original.digest, original.name) == (record.digest, record.name)
 
 
 class _BlockRows:
@@ -331,6 +340,9 @@ def _remove_unused(files: Files) -> list[str]:
     """Remove blocks, features and objects that no view refers to."""
     # Only what no view names is removed, so an interrupted removal can begin again.
     ids = view_ids(files)
+    files.remove_temporary("records", ZARR, VIEWS)
+    for name in files.list(SEGMENTS):
+        files.child(f"{SEGMENTS}/{name}").remove_temporary("records", ZARR)
     with files.exclusive("records"):
         used: set[str] = set()
         for view_id in ids:
