@@ -115,10 +115,10 @@ def faulty_removals(
     for number in range(rounds):
         files = open_files(server.new_bucket() + "/store")
         prepare(files)
-        with server.faults(Faults(share, LIKELY, seed + number)) as injected:
-            # A request that failed too often ends the command: what was done stands.
-            with contextlib.suppress(StoreError):
-                act(files)
+        faults = Faults(share, LIKELY, seed + number)
+        # A request that failed too often ends the command: what was done stands.
+        with server.faults(faults) as injected, contextlib.suppress(StoreError):
+            act(files)
         result.faults += injected.counts
         result.runs += 1
         wrong = promise.violations(files)
