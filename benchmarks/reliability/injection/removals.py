@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from apecache.store.verify import verify_files
 from apecache.store.view_edits import split_store
 from apecache.store.views import open_view, read_view_record, remove_view, view_ids
 from benchmarks.reliability.injection.power import (
+    MOST_WRONG,
     Disk,
     Node,
     PowerResult,
@@ -186,37 +187,50 @@ def seen_removals() -> Iterator[None]:
 
 
 def removal_cuts(folder: Path, resumes: int, seed: int) -> PowerResult:
-    """Cut the power after every call; of the states found, `resumes` (-1: all) are examined."""
+    """Cut the power after calls that are drawn; examine a state of each that is drawn, too."""
     promise = prepared(folder / "store")
     before = {f"store/{path}": data for path, data in tree(folder / "store").items()}
     chance = random.Random(seed)
     result = PowerResult()
-    states: dict[int, tuple[State, int]] = {}
-    trace = Trace(disk=_written(before), moment=lambda _: None)
+    shutil.copytree(folder / "store", folder / "counted" / "store")
+    n_calls = _calls_of_act(folder / "counted", before, lambda trace: None)
+    shutil.rmtree(folder / "counted")
+    draws = Counter(chance.choices(range(1, n_calls + 1), k=resumes))
+    states: list[tuple[State, int]] = []
 
-    def moment(op: str) -> None:
-        result.cuts += 1
-        for state in trace.disk.states(chance):
-            states.setdefault(hash(frozenset(state.items())), (state, trace.calls))
+    def moment(trace: Trace) -> None:
+        if trace.calls in draws:
+            found = list(trace.disk.states(chance))
+            chosen = chance.sample(found, min(draws[trace.calls], len(found)))
+            states.extend((state, trace.calls) for state in chosen)
 
-    trace.moment = moment
-    with seen_removals(), intercepted(folder, unsynced(trace)):
-        act(LocalFiles(folder / "store"))
-    found = list(states.values())
-    chosen = found if resumes < 0 else chance.sample(found, min(resumes, len(found)))
+    result.cuts = _calls_of_act(folder, before, moment)
     judged = RemovalResult()
-    for state, n_calls in chosen:
-        result.states += 1
+    for state, number in states:
         store = folder / "cut"
         _write_state(store, state)
         with intercepted(folder, unsynced()):
-            judged.judge(promise, LocalFiles(store), f"cut after call {n_calls}")
+            judged.judge(promise, LocalFiles(store), f"cut after call {number}")
+        result.states += 1
         result.resumed += 1
         shutil.rmtree(store)
-        if len(judged.wrong) > 20:
+        if len(judged.wrong) > MOST_WRONG:
             break
     result.wrong = judged.wrong
     return result
+
+
+def _calls_of_act(
+    folder: Path,
+    before: Mapping[str, bytes],
+    moment: Callable[[Trace], None],
+) -> int:
+    """Take the steps on `folder`/store, and call `moment` after each system call; count them."""
+    trace = Trace(disk=_written(before), moment=lambda _: None)
+    trace.moment = lambda _: moment(trace)
+    with seen_removals(), intercepted(folder, unsynced(trace)):
+        act(LocalFiles(folder / "store"))
+    return trace.calls
 
 
 def _written(files: Mapping[str, bytes]) -> Disk:
