@@ -236,7 +236,7 @@ def edit_crowds(bench: Bench) -> Row:
 
 
 def removal_kills(bench: Bench) -> Row:
-    result = removals.removal_kills(bench.towers, bench.folder, bench.count(9, 500), bench.seed)
+    result = removals.removal_kills(bench.towers, bench.folder, bench.count(9, 200), bench.seed)
     return _row(
         "kill -9 while views are removed",
         faults=result.faults,
@@ -246,7 +246,7 @@ def removal_kills(bench: Bench) -> Row:
 
 
 def removal_power_cuts(bench: Bench) -> Row:
-    result = removals.removal_cuts(bench.folder, bench.count(12, 2_000), bench.seed)
+    result = removals.removal_cuts(bench.folder, bench.count(12, 500), bench.seed)
     return _row(
         "power cut while views are removed",
         faults=result.states,
@@ -256,7 +256,7 @@ def removal_power_cuts(bench: Bench) -> Row:
 
 
 def removal_failing_calls(bench: Bench) -> Row:
-    result = removals.removal_errors(bench.folder, bench.count(40, 1))
+    result = removals.removal_errors(bench.folder, bench.count(40, 2))
     detail = ", ".join(f"{count} {op}" for op, count in sorted(result.kinds.items()))
     return _row(
         "system call fails while views are removed",
