@@ -26,7 +26,7 @@ from apecache.store.layout import (
     with_metadata,
 )
 from apecache.store.maintenance import recorded_arrays, remove_array
-from apecache.store.reader import FeatureStore
+from apecache.store.reader import FeatureStore, is_free
 from apecache.store.records import read_record
 from apecache.store.table import PairTable, join_tables, read_contents, read_table
 from apecache.store.views import (
@@ -248,8 +248,10 @@ def _free_folder(files: Files, digest: str) -> str:
     number = 1
     while True:
         folder = f"{SEGMENTS}/{number:04d}"
-        claim = f"{folder}/{SOURCE}"
-        if not files.exists(claim) or read_record(files.child(folder), SOURCE)["digest"] == digest:
+        is_begun = files.exists(f"{folder}/{SOURCE}")
+        if is_begun and read_record(files.child(folder), SOURCE)["digest"] == digest:
+            return folder
+        if not is_begun and is_free(files, folder):
             return folder
         number += 1
 
