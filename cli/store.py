@@ -432,8 +432,8 @@ def upgrade(
 ) -> None:
     """Write a store of an older format as a new store in the newest format.
 
-    The old store is not changed. So far nothing needs conversion: a store without views gets them
-    when its table changes.
+    The old store is not changed, and nothing is encoded: its table becomes the first view of the
+    new store. A store that has views has the newest format.
 
     Example: apecache upgrade store --out store-new
     """
@@ -445,5 +445,5 @@ def upgrade(
             show_json({"store": str(store), "out": str(out), "written": written})
         else:
             typer.echo(
-                f"{out} written" if written else f"nothing to do: {store} needs no conversion"
+                f"{out} written" if written else f"nothing to do: {store} has the newest format"
             )

@@ -42,7 +42,9 @@ def options_to_record(source: PairSource) -> dict[str, Json]:
     """Return what a store records to read the images of a source again."""
     # The folder of the images has a field of its own.
     options = {name: value for name, value in source.options.items() if name != "root"}
-    return {**options, MEDIA: type(source.media).__name__, WORKING_FOLDER: os.getcwd()}
+    # A source that was made of a record already says where its name begins.
+    folder = options.get(WORKING_FOLDER, os.getcwd())
+    return {**options, MEDIA: type(source.media).__name__, WORKING_FOLDER: folder}
 
 
 def recorded_media(

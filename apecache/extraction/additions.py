@@ -11,7 +11,8 @@ import numpy as np
 from apecache.arguments import AnyPath, as_place
 from apecache.data.augment import views_from_json
 from apecache.data.media import media_below
-from apecache.data.pairs import Pair, PairSource
+from apecache.data.pairs import NO_SPLIT, Pair, PairSource
+from apecache.data.spec import spec_of_options
 from apecache.errors import DataError, OptionError, nearest
 from apecache.extraction.report import ExtractionProgress, ExtractReport
 from apecache.extraction.run import extract
@@ -43,7 +44,7 @@ def add_images(
         store: Folder or URL of the store.
         images: Image files below `root`.
         captions: Captions of each of these images; may be empty.
-        split: Split of the images.
+        split: Split of the images; empty: as the rule of `apecache split` says, if there is one.
         label: Label of the images.
         root: Folder that keys are relative to; None for the one that the store has recorded.
         device: Where the encoders run.
@@ -73,10 +74,17 @@ def add_images(
         Pair(key=key, captions=tuple(captions), languages=languages, split=split, label=label)
         for key in dict.fromkeys(keys)
     ]
+    pairs = pairs_of(opened.pairs)
+    if opened.view is not None and opened.view.record.splits and not split:
+        # Without splits, extraction gives these images theirs again, and new ones by the rule.
+        pairs = [replace(pair, split=NO_SPLIT) for pair in pairs]
+    options = opened.source.get("options", {})
     source = PairSource(
-        (*pairs_of(opened.pairs), *added),
+        (*pairs, *added),
         origin=str(opened.source["origin"]),
         media=media_below(folder),
+        pixels=spec_of_options(options).pixels,
+        options=options,
     )
     specs = recorded_specs(opened, device)
     return [extract(source, store_place, spec, progress) for spec in specs]

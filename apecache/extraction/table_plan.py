@@ -32,7 +32,7 @@ from apecache.extraction.stamps import stamp_table, write_stamps
 from apecache.fingerprint import Modality, content_hash, digest_strings
 from apecache.storage.files import Files
 from apecache.store.layout import PAIRS, SEGMENTS, SOURCE, storable
-from apecache.store.reader import FeatureStore, segment_names
+from apecache.store.reader import FeatureStore, is_free, segment_names
 from apecache.store.records import read_record
 from apecache.store.table import PairTable
 from apecache.store.view_edits import first_view
@@ -372,11 +372,11 @@ def new_folder(files: Files, digest: str) -> str:
     number = 1 + max(map(int, segment_names(files)), default=0)
     while True:
         folder = f"{SEGMENTS}/{number:04d}"
-        claim = f"{folder}/{SOURCE}"
-        if not files.exists(claim):
-            return folder
+        is_begun = files.exists(f"{folder}/{SOURCE}")
         # A block that was begun for another table, and not made, stays as it is.
-        if read_record(files.child(folder), SOURCE)["digest"] == digest:
+        if is_begun and read_record(files.child(folder), SOURCE)["digest"] == digest:
+            return folder
+        if not is_begun and is_free(files, folder):
             return folder
         number += 1
 

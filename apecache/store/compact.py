@@ -5,7 +5,7 @@ newest one first. Only then are the old views and blocks removed. So a reader al
 newest view whole, and an interrupted compaction is finished, or undone, by the next one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
@@ -23,12 +23,13 @@ from apecache.store.layout import (
     SEGMENTS,
     SOURCE,
     VIEWS,
+    ZARR,
     ArrayRecord,
     segment_record_name,
     with_metadata,
 )
 from apecache.store.maintenance import recorded_arrays, remove_array, require_store
-from apecache.store.reader import FeatureStore
+from apecache.store.reader import FeatureStore, is_free
 from apecache.store.records import read_record
 from apecache.store.table import PairTable, join_tables, read_contents, read_table
 from apecache.store.views import (
@@ -40,6 +41,7 @@ from apecache.store.views import (
     open_view,
     read_view_record,
     remove_view,
+    settle_view,
     view_ids,
     view_number,
 )
@@ -88,8 +90,11 @@ def compact_store(store: Files | AnyPath, version: str | None = None) -> Compact
     ids = view_ids(files)
     if not ids:
         return CompactReport(n_rows=0, n_bytes=0, blocks=())
-    # First what an interrupted run left: views that have a copy keep old blocks in use.
-    _remove_replaced_views(files)
+    # First what an interrupted run left: views that are not durable yet, and copies of views,
+    # which would keep their rows twice.
+    for view_id in ids:
+        settle_view(files, view_id)
+    _settle_copies(files)
     views = [open_view(files, view_id) for view_id in view_ids(files)]
     layout = _BlockRows(files, views)
     used = {modality: layout.used(modality) for modality in MODALITIES}
@@ -106,20 +111,32 @@ def compact_store(store: Files | AnyPath, version: str | None = None) -> Compact
     return CompactReport(n_rows=n_unused, n_bytes=before - after, blocks=tuple(removed))
 
 
-def _remove_replaced_views(files: Files) -> None:
-    """Remove views that an interrupted compaction has committed again already."""
-    newest: dict[tuple[str, str], str] = {}
-    for view_id in reversed(view_ids(files)):
-        record = read_view_record(files, view_id)
-        # A view and its copy have one digest and one name.
-        identity = (record.digest, record.name)
-        if identity in newest and _is_copy(read_view_record(files, newest[identity]), record):
+def _settle_copies(files: Files) -> None:
+    """Finish an interrupted compaction that has committed every view again; else undo it.
+
+    Its block stays, and is used again.
+    """
+    records = {view_id: read_view_record(files, view_id) for view_id in view_ids(files)}
+    copies = {view_id: record for view_id, record in records.items() if _is_copy(record, records)}
+    originals = {record.parent for record in copies.values()}
+    # Of some copies the original is removed already: those lie on the same new block.
+    new_blocks = {record.blocks for record in copies.values()}
+    is_complete = all(
+        view_id in originals or record.blocks in new_blocks for view_id, record in records.items()
+    )
+    for view_id in records:
+        # The oldest first, so that the newest view stays the newest.
+        if view_id in (originals if is_complete else copies):
             remove_view(files, view_id)
-        newest.setdefault(identity, view_id)
 
 
-def _is_copy(record: ViewRecord, older: ViewRecord) -> bool:
-    return record.parent == older.view and len(record.blocks) == 1
+def _is_copy(record: ViewRecord, records: Mapping[str, ViewRecord]) -> bool:
+    """Return whether a view is another one, which is still there, committed on a new block."""
+    original = records.get(record.parent)
+    if original is None or len(record.blocks) != 1:
+        return False
+    # A view and its copy have one digest and one name.
+    return (original.digest, original.name) == (record.digest, record.name)
 
 
 class _BlockRows:
@@ -237,8 +254,10 @@ def _free_folder(files: Files, digest: str) -> str:
     number = 1
     while True:
         folder = f"{SEGMENTS}/{number:04d}"
-        claim = f"{folder}/{SOURCE}"
-        if not files.exists(claim) or read_record(files.child(folder), SOURCE)["digest"] == digest:
+        is_begun = files.exists(f"{folder}/{SOURCE}")
+        if is_begun and read_record(files.child(folder), SOURCE)["digest"] == digest:
+            return folder
+        if not is_begun and is_free(files, folder):
             return folder
         number += 1
 
@@ -337,6 +356,9 @@ def _remove_unused(files: Files) -> list[str]:
     """Remove blocks, features and objects that no view refers to."""
     # Only what no view names is removed, so an interrupted removal can begin again.
     ids = view_ids(files)
+    files.remove_temporary("records", ZARR, VIEWS)
+    for name in files.list(SEGMENTS):
+        files.child(f"{SEGMENTS}/{name}").remove_temporary("records", ZARR)
     with files.exclusive("records"):
         used: set[str] = set()
         for view_id in ids:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from apecache.arguments import AnyPath, as_place
 from apecache.errors import DamagedError, StoreError, counted, nearest
 from apecache.fingerprint import Modality, digest_strings
-from apecache.storage.files import Files
+from apecache.storage.files import TEMPORARY, Files
 from apecache.storage.open import open_files
 from apecache.store.array import FeatureArray
 from apecache.store.gather import OrderedViewArray, ViewArray
@@ -336,6 +336,15 @@ def segment_names(files: Files) -> list[str]:
             "apecache repair"
         )
     return sorted(recorded)
+
+
+def is_free(files: Files, folder: str) -> bool:
+    """Return whether a new block can be made in a folder.
+
+    After a power cut, a removed block may be there again in part, without its source record.
+    """
+    names = (name.rpartition("/")[2] for name in files.sizes(folder))
+    return all(name.startswith(TEMPORARY) for name in names)
 
 
 def _is_view_only(files: Files, name: str) -> bool:

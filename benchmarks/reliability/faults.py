@@ -18,7 +18,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.record import Goal, print_goals, print_table, write_result
-from benchmarks.reliability.injection import damage, hostile, io_errors, kill, power, writers
+from benchmarks.reliability.injection import (
+    damage,
+    hostile,
+    io_errors,
+    kill,
+    power,
+    removals,
+    writers,
+)
 from benchmarks.reliability.injection.tower import EDITED, SMALL, Towers, TowerSpec, run
 
 SPEC = TowerSpec()
@@ -227,6 +235,37 @@ def edit_crowds(bench: Bench) -> Row:
     return _row("several editors, rounds", faults=result.rounds, wrong=result.wrong, detail=detail)
 
 
+def removal_kills(bench: Bench) -> Row:
+    result = removals.removal_kills(bench.towers, bench.folder, bench.count(9, 200), bench.seed)
+    return _row(
+        "kill -9 while views are removed",
+        faults=result.faults,
+        wrong=result.wrong,
+        detail="views removed, then the store compacted",
+    )
+
+
+def removal_power_cuts(bench: Bench) -> Row:
+    result = removals.removal_cuts(bench.folder, bench.count(12, 500), bench.seed)
+    return _row(
+        "power cut while views are removed",
+        faults=result.states,
+        wrong=result.wrong,
+        detail=f"{result.cuts} cuts, {result.resumed} states finished by another run",
+    )
+
+
+def removal_failing_calls(bench: Bench) -> Row:
+    result = removals.removal_errors(bench.folder, bench.count(40, 2))
+    detail = ", ".join(f"{count} {op}" for op, count in sorted(result.kinds.items()))
+    return _row(
+        "system call fails while views are removed",
+        faults=result.faults,
+        wrong=result.wrong,
+        detail=detail,
+    )
+
+
 SCENARIOS: tuple[Callable[[Bench], Row], ...] = (
     named_kills,
     random_kills,
@@ -239,6 +278,9 @@ SCENARIOS: tuple[Callable[[Bench], Row], ...] = (
     edit_power_cuts,
     edit_failing_calls,
     edit_crowds,
+    removal_kills,
+    removal_power_cuts,
+    removal_failing_calls,
     damaged_files,
     hostile_files,
 )

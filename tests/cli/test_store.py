@@ -12,6 +12,7 @@ import apecache_cli.app as cli
 import numpy as np
 import pytest
 import torch
+import typer
 from tiny import Grown, damaged, draw_shape, loaded_once, put, tree
 from typer.testing import CliRunner, Result
 
@@ -449,6 +450,52 @@ def test_a_view_is_named_and_chosen_by_its_name(
     assert call_json("info", store, "--view", "first")["view"] == views[0]["view"]
     assert call_json("info", store)["view"] == views[1]["view"]
     assert "needs a VIEW and its new name" in error_of(call("views", "name", store, "0000"), 2)
+
+
+READING = (
+    "info",
+    "export",
+    "fit-head",
+    "fit-encoder",
+    "lint",
+    "sweep",
+    "auto",
+    "forecast",
+    "curate",
+    "evaluate",
+    "compare",
+    "report",
+    "index",
+    "export-embeddings",
+)
+"""Commands that read the features of a store."""
+
+
+@pytest.mark.parametrize("command", READING)
+def test_every_command_that_reads_a_store_takes_a_view(command: str) -> None:
+    group: Any = typer.main.get_command(cli.app)
+    options = {name for option in group.commands[command].params for name in option.opts}
+    assert "--view" in options
+
+
+def test_an_older_view_is_exported_and_stands_in_the_command_of_a_sweep(
+    tiny_store: Path,
+    tiny_run: Path,
+    tmp_path: Path,
+) -> None:
+    store = Path(shutil.copytree(tiny_store, tmp_path / "store"))
+    call_json("delete", store, "--key", "images/red-circle-0.png")
+    older = ("--view", "0000")
+    for name, view, n_images in (("new", (), 11), ("old", older, 12)):
+        told = call_json("export-embeddings", tiny_run, tmp_path / name, "--store", store, *view)
+        assert told["n_images"] == n_images
+    (tmp_path / "space.toml").write_text('"optimizer.lr" = {log = [1e-3, 1e-2]}\n')
+    recipe = tmp_path / "one.toml"
+    recipe.write_text('extends = "projection"\nname = "one"\n[schedule]\nepochs = 1\n')
+    given = ("--recipe", recipe, "--space", tmp_path / "space.toml", "--trials", "1")
+    out = ("--dev-split", "val", "--out", tmp_path / "sweep")
+    command = call_json("sweep", store, *given, *out, *older)["command"]
+    assert "--view 0000-" in command
 
 
 def test_images_are_added_and_deleted(

@@ -1,6 +1,7 @@
 """Towers that write to object storage which fails again and again, and what must hold
 afterwards."""
 
+import contextlib
 import random
 import threading
 from collections import Counter
@@ -9,9 +10,12 @@ from pathlib import Path
 
 from remote import KINDS, Faults, S3Server
 
+from apecache.errors import StoreError
 from apecache.storage.files import TEMPORARY, Files
+from apecache.storage.open import open_files
 from apecache.store.reader import FeatureStore
 from apecache.store.verify import verify_files
+from benchmarks.reliability.injection.removals import act, prepare, prepared
 from benchmarks.reliability.injection.tower import MODALITIES, Towers, TowerSpec, run, tree
 
 LIKELY = (*KINDS, *(kind for kind in KINDS if kind != "stall"))
@@ -96,6 +100,31 @@ def _wrong(place: str, spec: TowerSpec, wanted: dict[str, bytes]) -> list[str]:
     if not verify_files(store.files).sound:
         wrong.append("it does not verify")
     return wrong
+
+
+def faulty_removals(
+    server: S3Server,
+    folder: Path,
+    rounds: int,
+    share: float,
+    seed: int,
+) -> RemoteResult:
+    """Views removed and stores compacted on object storage that fails, then again without faults."""
+    promise = prepared(folder / "reference")
+    result = RemoteResult()
+    for number in range(rounds):
+        files = open_files(server.new_bucket() + "/store")
+        prepare(files)
+        faults = Faults(share, LIKELY, seed + number)
+        # A request that failed too often ends the command: what was done stands.
+        with server.faults(faults) as injected, contextlib.suppress(StoreError):
+            act(files)
+        result.faults += injected.counts
+        result.runs += 1
+        wrong = promise.violations(files)
+        wrong += promise.unfinished(files)
+        result.wrong += [f"round {number}: {what}" for what in wrong]
+    return result
 
 
 def killed_runs(

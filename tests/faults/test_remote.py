@@ -4,7 +4,7 @@ killed."""
 from pathlib import Path
 
 import pytest
-from faults_remote import faulty_runs, killed_runs
+from faults_remote import faulty_removals, faulty_runs, killed_runs
 from remote import KINDS, S3Server
 
 from benchmarks.reliability.injection.tower import SMALL, Towers
@@ -29,6 +29,25 @@ def test_two_hundred_faults_lose_nothing_and_double_nothing(
     assert result.wrong == []
     assert set(result.faults) == set(KINDS)
     assert min(result.faults.values()) >= 10
+
+
+def test_faults_while_views_are_removed_lose_no_view(
+    bucket: str,
+    s3_server: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    long_run: bool,
+) -> None:
+    monkeypatch.setenv("APECACHE_REQUEST_SECONDS", "0.3")
+    result = faulty_removals(
+        s3_server,
+        folder=tmp_path,
+        rounds=60 if long_run else 2,
+        share=0.1,
+        seed=7,
+    )
+    assert result.wrong == []
+    assert result.faults.total() > 20
 
 
 def test_of_two_writing_processes_one_is_killed(

@@ -285,6 +285,30 @@ def stored_integers(store: FeatureStore, modality: Modality) -> list[bytes]:
     return [values.tobytes(), scales.tobytes()]
 
 
+@pytest.mark.parametrize(
+    "leftover",
+    ["features.zarr/image/tower/features/c.0.0", "records/pairs.json", "README.md"],
+)
+def test_what_a_power_cut_brings_back_of_a_removed_block_is_no_obstacle(
+    edited: LocalFiles,
+    leftover: str,
+) -> None:
+    path = Path(edited.place) / "segments" / "0001" / leftover
+    data = path.read_bytes()
+    remove_view(edited, view_ids(edited)[0])
+    compact_store(edited, "0")
+    assert edited.list("segments") == ["0002"]
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+    delete_rows(edited, lambda table: np.arange(len(table.keys)) > 1)
+    remove_view(edited, view_ids(edited)[0])
+    wanted = values(edited)
+    assert compact_store(edited, "0").n_rows == 2 + 4
+    assert values(edited) == wanted
+    assert edited.list("segments") == ["0003"]
+    assert verify_store(edited.place).problems == ()
+
+
 def test_compaction_without_unused_rows_does_nothing(edited: LocalFiles) -> None:
     delete_rows(edited, lambda table: np.arange(len(table.keys)) > 0)
     for view_id in view_ids(edited)[1:]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from apecache.search.faiss_index import open_vectors
-from apecache.search.index import read_description
+from apecache.search.index_files import read_description
 
 
 def assert_close_vectors(index: Path, other: Path, name: str) -> None:

@@ -136,6 +136,19 @@ def test_what_a_fit_needs_grows_with_what_it_computes(name: str) -> None:
     assert grows_without_end == (name == "asif")
 
 
+def test_losses_on_the_cpu_are_kept_as_numbers(store: FeatureStore) -> None:
+    """A tensor that stays between two steps would keep the memory of the first from the second."""
+    recipe = load_recipe("projection")
+    arrays = (store.array("image"), store.array("text"))
+    train, dev = load_splits(store, *arrays, SplitSpec(dev="dev"), CPU, recipe)
+    model, _ = initial_model(recipe, train=train, dev=dev, seed=0)
+    training = HeadFit(model, recipe, 0)
+    for loss in (1.5, 0.1):
+        training.add_loss(torch.tensor(loss))
+    assert not any(isinstance(loss, torch.Tensor) for loss in training.losses)
+    assert torch.equal(training.epoch_losses(), torch.tensor([1.5, 0.1]))
+
+
 def test_the_weights_of_a_fit_are_counted_with_their_states(store: FeatureStore) -> None:
     recipe = load_recipe("projection")
     arrays = (store.array("image"), store.array("text"))

@@ -418,7 +418,8 @@ class Towers:
         """Run towers side by side until all have ended.
 
         Each run: `store`, and if need be `spec`, `shards` (see `run`), `unsynced` (fsync does
-        nothing), `kill` (see `syscalls.Kill`), `kill_after` in seconds and `environment`.
+        nothing), `kill` (see `syscalls.Kill`), `kill_after` in seconds, `environment`, and
+        `removal` (see `removals.act`).
         Each result: `killed`, `error` (a string, empty if there was none) and `done`.
         """
         assert self.process.stdin
@@ -466,6 +467,12 @@ def _run(request: dict[str, Any]) -> list[str]:
     store = request["store"]
     spec = TowerSpec(**request["spec"])
     kill = Kill(**request["kill"]) if request.get("kill") else None
+    if request.get("removal"):
+        # Imported here: that module imports this one.
+        from benchmarks.reliability.injection.removals import act_at, seen_removals
+
+        with seen_removals(), intercepted(Path(store).parent, kill or unsynced()):
+            return act_at(store)
     if request.get("unsynced") or kill:
         store = Path(store)
         with intercepted(store.parent, unsynced(kill) if request.get("unsynced") else kill):
