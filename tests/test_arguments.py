@@ -250,6 +250,7 @@ CALLS: Wrongs = {
     "push_to_hub": ("folder", lambda s, h: apecache.push_to_hub(WRONG, "me/model")),
     "read_history": ("run", lambda s, h: list(apecache.read_history(WRONG))),
     "remove_features": ("store", lambda s, h: apecache.remove_features(WRONG, "name")),
+    "rename_view": ("store", lambda s, h: apecache.rename_view(WRONG, "0", "name")),
     "remove_views": ("store", lambda s, h: apecache.remove_views(WRONG, "0")),
     "repair": ("store", lambda s, h: apecache.repair(WRONG, pairs())),
     "repair, source": ("source", lambda s, h: apecache.repair(s.path, WRONG)),

@@ -1,4 +1,4 @@
-"""List and remove what a store holds: views, and the features of one encoder."""
+"""List, rename and remove what a store holds: views, and the features of one encoder."""
 
 from dataclasses import dataclass
 from pathlib import Path
