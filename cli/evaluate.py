@@ -354,9 +354,12 @@ def retrieval(
     from apecache.evaluate.baseline import load_baseline
     from apecache.evaluate.comparison import was_split_seen
     from apecache.evaluate.embeddings import embed_store
+    from apecache.evaluate.relevance_file import read_relevance
     from apecache.store.reader import FeatureStore
 
-    # Before anything is embedded: a wrong name must fail early.
+    # Before anything is embedded: a wrong name or file must fail early.
+    if options.relevance is not None:
+        read_relevance(options.relevance)
     ready_made = None if baseline is None else load_baseline(baseline, request.device)
     split = request.split or "val"
     loaded = request.load()

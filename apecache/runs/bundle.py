@@ -85,7 +85,7 @@ def write_bundle(
         RunError: not a finished run, or an index of another one.
         EncoderError: an encoder cannot be reached.
     """
-    require_new(out, "folder")
+    require_new(out, "folder", remedy="give the name of a new folder")
     final = out.absolute()
     specs: dict[Modality, EncoderSpec] = {
         "image": image or recorded_encoder(run, "image"),
