@@ -225,6 +225,7 @@ def require_new(
     what: str,
     overwrite: bool = False,
     holds_another: bool = True,
+    remedy: str = "choose another --out, or add --overwrite",
 ) -> None:
     """Refuse to write over something that exists.
 
@@ -233,6 +234,7 @@ def require_new(
         what: the kind of output, for messages.
         overwrite: whether `--overwrite` was given.
         holds_another: whether `folder` holds an output of this kind, which may be overwritten.
+        remedy: what the command that writes it offers.
 
     Raises:
         RunError: `folder` is not empty, and holds something else or is not to be overwritten.
@@ -248,4 +250,4 @@ def require_new(
             )
         if overwrite:
             return
-        raise RunError(f"{what} {folder} exists already; choose another --out, or add --overwrite")
+        raise RunError(f"{what} {folder} exists already; {remedy}")

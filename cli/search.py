@@ -1,5 +1,6 @@
 """`apecache index` and `apecache search`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -349,7 +350,7 @@ def search(
             target=aim,
             csls=csls,
             where=where,
-            min_score=least_score(min_score, threshold),
+            min_score=least_score(min_score, threshold, csls),
         )
         score = "CSLS" if csls else "cosine"
         if json:
@@ -376,15 +377,17 @@ def search(
                 )
 
 
-def least_score(text: str | None, threshold: float | None) -> float | None:
+def least_score(text: str | None, threshold: float | None, csls: bool = False) -> float | None:
     """Return the lowest score of a result; None for no limit.
 
     Args:
         text: The option: a number, or `auto`.
         threshold: What the index measured.
+        csls: Whether scores are those of CSLS, which have no upper end of 1.
 
     Raises:
-        OptionError: Not a number, or `auto` for an index that measured nothing.
+        OptionError: Not a number that a score can reach, or `auto` for an index that measured
+            nothing.
     """
     from apecache.errors import OptionError
 
@@ -398,9 +401,14 @@ def least_score(text: str | None, threshold: float | None) -> float | None:
             )
         return threshold
     try:
-        return float(text)
+        score = float(text)
     except ValueError:
-        raise OptionError(f"--min-score {text}: expected a number or auto") from None
+        score = math.nan
+    if not math.isfinite(score):
+        raise OptionError(f"--min-score {text}: expected a number or auto")
+    if score > 1 and not csls:
+        raise OptionError(f"--min-score {text}: a cosine is at most 1; give a smaller number")
+    return score
 
 
 def title_of(query: "Query") -> str:

@@ -14,7 +14,7 @@ from apecache.data.images import open_readable
 from apecache.encoders.encoder import ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, parse_encoder
-from apecache.errors import OptionError
+from apecache.errors import EncoderError, OptionError
 from apecache.evaluate.embeddings import Embeddings, LiveSide, OpenImage, embed_store
 from apecache.fingerprint import Fingerprint, Json
 from apecache.heads.build import build_head
@@ -91,9 +91,13 @@ def load_baseline(name: str, device: str = "auto") -> Baseline:
         OptionError: a library without such models, or encoders of different widths.
         EncoderError: it cannot be loaded.
     """
-    image_spec = _spec(name, "image")
-    image = load_image_encoder(image_spec, device)
-    text = load_text_encoder(_spec(name, "text"), device)
+    try:
+        image = load_image_encoder(_spec(name, "image"), device)
+        text = load_text_encoder(_spec(name, "text"), device)
+    except EncoderError as error:
+        raise EncoderError(
+            f"--baseline {name}: {error} (expected: a model with an image and a text encoder)"
+        ) from error
     if image.dim != text.dim:
         raise OptionError(
             f"--baseline {name}: its images have {image.dim} dimensions and its texts {text.dim}, "

@@ -38,12 +38,20 @@ def read_relevance(path: Path) -> list[RelevantPair]:
         path: `.tsv`, `.csv` or `.jsonl`.
 
     Raises:
-        DataError: no such file, a column that is missing, or a grade that is not a number from 0.
+        DataError: no such file, no pair, a column that is missing, or a grade that is not a number
+            from 0.
     """
     try:
         rows = list(_rows(path))
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {one_line(error)}") from None
+        raise DataError(
+            f"{path} cannot be read: {one_line(error)}; give a .tsv, .csv or .jsonl"
+        ) from None
+    if not rows:
+        raise DataError(
+            f"{path} has no pair; expected a .tsv, .csv or .jsonl with the columns text, image and "
+            "(optional) grade"
+        )
     pairs = []
     # A table has a header, so its first row is line 2.
     for number, row in enumerate(rows, 2 if path.suffix != ".jsonl" else 1):
@@ -121,9 +129,16 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         if path.suffix == ".jsonl":
             for line in file:
                 if line.strip():
-                    yield json.loads(line)
+                    yield _object(line)
             return
         yield from csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t")
+
+
+def _object(line: str) -> dict[str, Any]:
+    value = json.loads(line)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object on each line, found {line.strip()[:40]}")
+    return value
 
 
 def _grade(value: object, line_name: str) -> float:

@@ -196,7 +196,10 @@ def _require_form(suite: str, program: str, names: tuple[str, ...], data_root: P
             f"--data-root is missing: give the folder of the data sets of --suite {suite}"
         )
     if data_root is not None and not data_root.is_dir():
-        raise OptionError(f"--data-root {data_root}: expected a folder, found none")
+        raise OptionError(
+            f"--data-root {data_root}: expected a folder, found "
+            f"{'a file' if data_root.exists() else 'none'}"
+        )
 
 
 def _jobs(

@@ -90,7 +90,7 @@ def export_embeddings(
         formats = ", ".join(EMBEDDING_FORMATS)
         raise OptionError(f"--to {to}: expected one of {formats}{nearest(to, EMBEDDING_FORMATS)}")
     # Before the embedding, which may take hours.
-    require_new(out, "folder")
+    require_new(out, "folder", remedy="give the name of a new folder")
     arrow = _pyarrow()
     lance = _lance() if to == "lance" else None
     embedded = embed_store(

@@ -96,7 +96,7 @@ def export_run(
     require_spec(spec, ExportRunSpec, "spec")
     _require_spec(spec)
     # Before the encoders are loaded: a folder that exists is an early error.
-    require_new(out, "folder")
+    require_new(out, "folder", remedy="give the name of a new folder")
     # An empty folder is replaced: its absolute name stays.
     final = out.absolute()
     with new_folder(final) as scratch:

@@ -89,7 +89,7 @@ def write_bundle(
     run = as_path(run, "run")
     out = as_path(out, "out")
     index = None if index is None else as_path(index, "index")
-    require_new(out, "folder")
+    require_new(out, "folder", remedy="give the name of a new folder")
     final = out.absolute()
     specs: dict[Modality, EncoderSpec] = {
         "image": image or recorded_encoder(run, "image"),

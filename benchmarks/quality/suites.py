@@ -38,7 +38,7 @@ import apecache
 from apecache.evaluate.class_names import read_class_names
 from apecache.evaluate.labeled import LabeledSpec
 from apecache.evaluate.zeroshot import ZeroShotSpec, zero_shot
-from apecache.export.benchmark_suite import run_suite
+from apecache.export.benchmark_suite import read_suites, run_suite
 from apecache.export.datacomp import DATACOMP
 from apecache.metrics.retrieval import retrieval_report
 from apecache.runs.load import load_run
@@ -99,7 +99,9 @@ def main() -> None:
             better="lower",
         ),
     ]
-    print_table([{key: value for key, value in row.items() if key != "missing"} for row in rows])
+    rows.append(mean_row(run))
+    hidden = ("missing", "missing tasks")
+    print_table([{key: row[key] for key in row if key not in hidden} for row in rows])
     print_goals(goals)
     if options.json or not options.quick:
         write_result("quality-suites", goals, rows, options.json)
@@ -308,6 +310,19 @@ def measure(
     if find_spec("mteb") and any(each.name == "cifar10" for each in data):
         rows += mteb_rows(run, root, work)
     return rows
+
+
+def mean_row(run: Path) -> Row:
+    """Return the main score of DataComp, with the tasks that it does not have."""
+    report = next(report for report in read_suites(run) if report.suite == "datacomp-38")
+    assert report.main_score is not None
+    return {
+        "program": "datacomp-38",
+        "data set": f"mean of {len(DATACOMP) - len(report.missing)} of {len(DATACOMP)} tasks",
+        "figure": "main metrics",
+        "%": round(100 * report.main_score, 4),
+        "missing tasks": list(report.missing),
+    }
 
 
 def mteb_rows(run: Path, root: Path, work: Path) -> list[Row]:

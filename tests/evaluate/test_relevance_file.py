@@ -31,6 +31,7 @@ def test_three_formats_say_the_same(tmp_path: Path) -> None:
         ("caption\timage\nx\ty\n", "line 2: expected the columns text, image"),
         ("text\timage\tgrade\nx\ty\tgood\n", "line 2: grade 'good': expected a number from 0"),
         ("text\timage\tgrade\nx\ty\t-1\n", "grade '-1'"),
+        ("hello\n", "has no pair; expected"),
     ],
 )
 def test_faults_name_their_line(tmp_path: Path, text: str, message: str) -> None:
@@ -39,6 +40,12 @@ def test_faults_name_their_line(tmp_path: Path, text: str, message: str) -> None
         read_relevance(tmp_path / "a.tsv")
     with pytest.raises(DataError, match="cannot be read"):
         read_relevance(tmp_path / "none.tsv")
+
+
+def test_each_line_of_json_is_an_object(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('["x", "y"]\n')
+    with pytest.raises(DataError, match="expected an object on each line"):
+        read_relevance(tmp_path / "a.jsonl")
 
 
 def test_names_find_the_rows_of_the_split(tiny_run: Path, tiny_store: Path) -> None:

@@ -239,7 +239,7 @@ def test_a_stand_in_is_named_and_changed_files_are_measured_again(
     assert {row.title: row.source for row in report.rows}["CIFAR-10"] == "drawings, not CIFAR"
     assert "cifar10" in measured
     classes = data_root / "wds_cifar10" / "classnames.txt"
-    classes.write_text(classes.read_text().replace("red circle", "crimson circle"))
+    classes.write_text(classes.read_text().replace("red circle", "tan circle"))
     measured.clear()
     run_suite(run, "datacomp-38", data_root, progress=measured.append)
     assert measured == ["cifar10"]

@@ -86,7 +86,7 @@ def test_nothing_is_overwritten_and_formats_are_named(
     heads = load_heads(tiny_run)
     store = FeatureStore.open(tiny_store)
     (tmp_path / "x").write_text("mine")
-    with pytest.raises(RunError, match="exists already"):
+    with pytest.raises(RunError, match="exists already; give the name of a new folder"):
         export_embeddings(heads, store, tmp_path)
     with pytest.raises(OptionError, match="expected one of parquet, clip-retrieval, lance"):
         export_embeddings(heads, store, tmp_path / "out", to="csv")  # type: ignore[arg-type]

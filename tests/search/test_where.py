@@ -145,10 +145,11 @@ def test_the_command_filters_and_finds_nothing(tiny_index: Path) -> None:
     everything = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["hits"]
     kept = [hit["key"] for hit in everything if hit["key"] in {hit["key"] for hit in hits}]
     assert kept == [hit["key"] for hit in hits]
-    nothing = CliRunner().invoke(app, [*command, "--min-score", "1.5"])
+    nothing = CliRunner().invoke(app, [*command, "--min-score", "0.99999"])
     assert nothing.exit_code == 0
     assert "nothing found" in nothing.output
     limited = CliRunner().invoke(app, [*command, "--min-score", str(hits[0]["score"]), "--json"])
     scores = [hit["score"] for hit in json.loads(limited.stdout)["hits"]]
     assert min(scores) >= hits[0]["score"]
-    assert CliRunner().invoke(app, [*command, "--min-score", "high"]).exit_code == 2
+    for wrong in ("high", "nan", "1.5"):
+        assert CliRunner().invoke(app, [*command, "--min-score", wrong]).exit_code == 2
