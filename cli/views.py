@@ -43,7 +43,9 @@ def views(
             show_views(store, list_views(store), json)
             return
         if not view:
-            raise OptionError("views remove needs a VIEW; list them with: apecache views list")
+            raise OptionError(
+                f"views remove needs a VIEW; list them with: apecache views list {store}"
+            )
         ids = remove_views(store, *view)
         if json:
             show_json({"store": str(store), "removed": ids})
