@@ -78,7 +78,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--text", required=True, help="the text encoder")
     parser.add_argument("--val", type=float, help="share of the images to report on")
     parser.add_argument("--seeds", type=int, default=5, help="fits of each method")
-    parser.add_argument("--set", action="append", default=[], help="setting of all recipes")
+    parser.add_argument(
+        "--set", action="append", default=[], help="setting of the recipes that train; repeat"
+    )
     return parser.parse_args()
 
 
@@ -114,7 +116,10 @@ def fit_all(
     runs: dict[tuple[str, str], list[Path]] = {}
     for array in store.arrays("image"):
         for method, (recipe_name, settings) in METHODS.items():
-            recipe = apecache.load_recipe(recipe_name, [*settings, *options.set])
+            recipe = apecache.load_recipe(recipe_name, settings)
+            # A closed form with epochs would train on from its solution.
+            if recipe.has_steps:
+                recipe = apecache.load_recipe(recipe_name, [*settings, *options.set])
             folders = []
             for seed in range(options.seeds):
                 folder = options.out / f"{array.name}-{method.replace(' ', '-')}-{seed}"
