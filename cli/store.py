@@ -87,7 +87,8 @@ def info(
         )
         if opened.view is not None:
             n_views = len(view_ids(opened.files))
-            typer.echo(f"view {opened.view.record.view} of {n_views}; all: apecache views list")
+            view_name = opened.view.record.view
+            typer.echo(f"view {view_name} of {n_views}; all: apecache views list {store}")
         columns = (
             "modality",
             "features",

@@ -192,7 +192,11 @@ class _Rate:
         return float((standing.done - self.first) / seconds)
 
     def text(self, standing: RowsState) -> str:
-        size = f", {standing.n_bytes / 1e9:.3f} GB" if standing.n_bytes else ""
+        size = ""
+        if standing.n_bytes:
+            is_large = standing.n_bytes >= 1e9
+            unit = "GB" if is_large else "MB"
+            size = f", {standing.n_bytes / (1e9 if is_large else 1e6):.1f} {unit}"
         bad = f", {standing.n_bad:,} unreadable" if standing.n_bad else ""
         return f"{self.per_second(standing):.1f}/s{size}{bad}"
 

@@ -56,7 +56,9 @@ def views(
                 typer.echo(f"{named.view}: {named.name}")
             return
         if not view:
-            raise OptionError("views remove needs a VIEW; list them with: apecache views list")
+            raise OptionError(
+                f"views remove needs a VIEW; list them with: apecache views list {store}"
+            )
         ids = remove_views(store, *view)
         if json:
             show_json({"store": str(store), "removed": ids})

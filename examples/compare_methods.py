@@ -5,8 +5,9 @@ r"""Compare encoders, heads and losses as a paper does: several seeds, intervals
         --image timm:vit_base_patch16_clip_224.openai \
         --text hf:sentence-transformers/all-MiniLM-L6-v2
 
-The table needs the splits `train` and `val`. Epochs are chosen on a dev split that is drawn from
-`train`; `val` is only reported. Every image encoder meets every head, with every seed. The head
+The table has the columns `image`, `caption` and `split`, with `train` and `val`. Without a column
+`split`, add `--val .1`. Epochs are chosen on a dev split that is drawn from `train`; `val` is only
+reported. Every image encoder meets every head, with every seed. The head
 `two-layers` and the loss `margin` are not part of apecache: they are registered below.
 
 Interrupt at any time and run the same command to resume. The table is printed, and written to
@@ -75,8 +76,11 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the store and the runs")
     parser.add_argument("--image", action="append", required=True, help="an image encoder; repeat")
     parser.add_argument("--text", required=True, help="the text encoder")
+    parser.add_argument("--val", type=float, help="share of the images to report on")
     parser.add_argument("--seeds", type=int, default=5, help="fits of each method")
-    parser.add_argument("--set", action="append", default=[], help="setting of all recipes")
+    parser.add_argument(
+        "--set", action="append", default=[], help="setting of the recipes that train; repeat"
+    )
     return parser.parse_args()
 
 
@@ -87,8 +91,17 @@ def extract_features(options: argparse.Namespace) -> apecache.FeatureStore:
         image=tuple(images),
         text=apecache.parse_encoder(options.text, "text"),
     )
-    apecache.extract(apecache.open_pairs(options.table), options.out / "store", spec)
-    return apecache.FeatureStore.open(options.out / "store")
+    shares: tuple[tuple[str, float], ...] = ()
+    if options.val is not None:
+        # A hash of each image's path decides, so the split stays when images are added.
+        shares = (("train", 1 - options.val), ("val", options.val))
+    source = apecache.open_pairs(options.table, apecache.OpenSpec(split_fraction=shares))
+    apecache.extract(source, options.out / "store", spec)
+    store = apecache.FeatureStore.open(options.out / "store")
+    # Before the fits, which would take all images otherwise.
+    if "val" not in store.pairs.split_counts():
+        raise SystemExit(f"{options.table} has no split `val`: add --val .1, or a column `split`")
+    return store
 
 
 def fit_all(
@@ -103,7 +116,10 @@ def fit_all(
     runs: dict[tuple[str, str], list[Path]] = {}
     for array in store.arrays("image"):
         for method, (recipe_name, settings) in METHODS.items():
-            recipe = apecache.load_recipe(recipe_name, [*settings, *options.set])
+            recipe = apecache.load_recipe(recipe_name, settings)
+            # A closed form with epochs would train on from its solution.
+            if recipe.has_steps:
+                recipe = apecache.load_recipe(recipe_name, [*settings, *options.set])
             folders = []
             for seed in range(options.seeds):
                 folder = options.out / f"{array.name}-{method.replace(' ', '-')}-{seed}"

@@ -61,7 +61,11 @@ def encode(options: argparse.Namespace) -> apecache.FeatureStore:
         text=apecache.parse_encoder(options.text, "text"),
     )
     apecache.extract(source, options.out / "store", spec)
-    return apecache.FeatureStore.open(options.out / "store")
+    store = apecache.FeatureStore.open(options.out / "store")
+    # Before the fits, which would take all images otherwise.
+    if "val" not in store.pairs.split_counts():
+        raise SystemExit(f"{options.table} has no split `val`: add --val .1, or a column `split`")
+    return store
 
 
 def fit_heads(store: apecache.FeatureStore, run: Path) -> Path:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 from apecache_cli.app import app
@@ -31,8 +32,8 @@ TEXT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 SHELL = ("console", "bash")
 FENCE = re.compile(r"^(<!-- runnable -->\n)?```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 COMMANDS: dict[str, Any] = dict(get_command(app).commands)  # type: ignore[attr-defined]
-OTHER_TOOLS = {"--nproc-per-node", "--val", "--version", "--help"}
-"""Options that pages name and that are not of one command: `--val` is of an example."""
+OTHER_TOOLS = {"--nproc-per-node", "--retrain", "--val", "--version", "--help"}
+"""Options that pages name and that are not of one command: `--val` and `--retrain` are of examples."""
 
 
 class Block(NamedTuple):
@@ -362,3 +363,35 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "fit-head" in (tmp_path / "reference/cli/index.html").read_text(encoding="utf-8")
+    assert broken_links(tmp_path) == []
+
+
+def broken_links(site: Path) -> list[str]:
+    """Return the links within a built site that lead to no file or to no anchor of it."""
+    texts = {path: path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
+    # The page of errors is served at any address, so its links are absolute.
+    del texts[site / "404.html"]
+    anchors = {path: set(re.findall(r'\bid="([^"]+)"', text)) for path, text in texts.items()}
+    broken: list[str] = []
+    for path, text in texts.items():
+        page = f"http://site/{path.relative_to(site).as_posix()}"
+        for link in re.findall(r'(?:href|src)="([^"]+)"', text):
+            parts = urlsplit(urljoin(page, link))
+            if parts.netloc != "site":
+                continue
+            target = site / unquote(parts.path).lstrip("/")
+            if target.is_dir():
+                target /= "index.html"
+            fragment = unquote(parts.fragment)
+            if not target.is_file() or (fragment and fragment not in anchors.get(target, set())):
+                broken.append(f"{path.relative_to(site)}: {link}")
+    return broken
+
+
+def test_a_link_to_no_file_or_no_anchor_is_found(tmp_path: Path) -> None:
+    (tmp_path / "guide").mkdir()
+    (tmp_path / "404.html").write_text("")
+    (tmp_path / "guide/index.html").write_text('<h2 id="there">x</h2>')
+    links = ("guide/", "guide/#there", "guide/#missing", "none.html", "https://example.org")
+    (tmp_path / "index.html").write_text("".join(f'<a href="{link}">' for link in links))
+    assert broken_links(tmp_path) == ["index.html: guide/#missing", "index.html: none.html"]

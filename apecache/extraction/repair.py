@@ -97,11 +97,11 @@ def repair(
         MismatchError: an encoder is not that of the store, or a table is lost that cannot be made
             again from `source`; nothing was un-committed.
     """
-    place = as_place(store, "store")
+    store_place = as_place(store, "store")
     require_type(source, PairSource, "source")
     require_spec(spec, ExtractSpec, "spec", optional=True)
     spec = spec or ExtractSpec()
-    files = open_files(place, spec.single_writer)
+    files = open_files(store_place, spec.single_writer)
     require_store(files)
     files.prepare()
     tables = LostTables(files=files, source=source)

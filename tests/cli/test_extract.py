@@ -102,9 +102,9 @@ def test_lines_come_at_the_start_every_ten_seconds_and_at_the_end(
         update(ExtractionState(modality="text", done=7, rows=7))
     assert capsys.readouterr().err.splitlines() == [
         "image: 0/1,000, 0.0/s",
-        "image: 400/1,000, 40.0/s, 2.000 GB, 1 unreadable, 15 s left",
-        "image: 800/1,000, 40.0/s, 4.000 GB, 2 unreadable, 5 s left",
-        "image: 1,000/1,000, 40.0/s, 6.000 GB, 3 unreadable",
+        "image: 400/1,000, 40.0/s, 2.0 GB, 1 unreadable, 15 s left",
+        "image: 800/1,000, 40.0/s, 4.0 GB, 2 unreadable, 5 s left",
+        "image: 1,000/1,000, 40.0/s, 6.0 GB, 3 unreadable",
         "text: 0/7, 0.0/s",
         "text: 7/7, 7000000000.0/s",
     ]

@@ -14,11 +14,14 @@ SCRIPT = ROOT / "examples" / "towers.py"
 pytestmark = pytest.mark.slow
 
 
+def command(table: Path, out: Path, image: Path, text: Path) -> list[str]:
+    words = [sys.executable, str(SCRIPT), str(table), "--out", str(out)]
+    return [*words, "--image", f"timm:{image}", "--text", f"hf:{text}"]
+
+
 def run(table: Path, out: Path, image: Path, text: Path, *options: str) -> list[str]:
-    command = [sys.executable, str(SCRIPT), str(table), "--out", str(out)]
-    command += ["--image", f"timm:{image}", "--text", f"hf:{text}", *options]
     done = subprocess.run(
-        [*command, "--set", "schedule.epochs=1"],
+        [*command(table, out, image, text), *options, "--set", "schedule.epochs=1"],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -62,6 +65,14 @@ def test_it_holds_images_out_of_a_table_without_splits(
     cells = [line.split("\t") for line in table.read_text("utf-8").splitlines()]
     table.write_text("\n".join("\t".join(row[:2]) for row in cells) + "\n", encoding="utf-8")
     out = tmp_path / "towers"
+    refused = subprocess.run(
+        command(table, out, tiny_image_encoder, tiny_text_encoder),
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 1
+    assert "has no split `val`: add --val .1" in refused.stderr
+    assert not (out / "heads").exists()
     options = ("--val", ".25", "--recipe", "lit")
     run(table, out, tiny_image_encoder, tiny_text_encoder, *options)
     splits = apecache.FeatureStore.open(out / "store").pairs.splits
