@@ -64,7 +64,7 @@ def reading_ahead(
 
 
 Decode = Callable[[Sequence[int]], Iterator[Preprocessed[list[Tensor]]]]
-"""Preprocess the images of these places in a list of keys, in this order. Each result is valid
+"""Preprocess the images of these rows in a list of keys, in this order. Each result is valid
 until the next one is asked for; all are taken before the next call."""
 
 
@@ -103,7 +103,7 @@ def open_decoders(
     `decoder-crash` and `decoder-hang` mean that a process died or was killed.
 
     Args:
-        keys: The images, which a call names by their place in this list.
+        keys: The images, which a call names by their row in this list.
         load: Reads and decodes one image.
         preprocess: Turns a decoded image into tensors.
         shapes: Shapes of the tensors that `preprocess` returns.
@@ -145,11 +145,11 @@ def _in_processes(
         dtype=dtype,
     ) as results_of:
 
-        def decode(places: Sequence[int]) -> Iterator[Preprocessed[list[Tensor]]]:
-            for place, result in zip(places, results_of(places), strict=True):
+        def decode(rows: Sequence[int]) -> Iterator[Preprocessed[list[Tensor]]]:
+            for row, result in zip(rows, results_of(rows), strict=True):
                 value, digest, error = result
                 named = Preprocessed(value=value, digest=digest, error=error)
-                yield _named(keys[place], named)
+                yield _named(keys[row], named)
 
         yield decode
 
@@ -191,9 +191,9 @@ def open_threads(
     """Start threads for `Decode`; Pillow decodes and resizes without the interpreter's lock."""
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
 
-        def decode(places: Sequence[int]) -> Iterator[Preprocessed[T]]:
+        def decode(rows: Sequence[int]) -> Iterator[Preprocessed[T]]:
             return _in_order(
-                [keys[place] for place in places],
+                [keys[row] for row in rows],
                 work=lambda key: _attempt(key, load, preprocess),
                 pool=pool,
                 ahead=ahead,

@@ -81,17 +81,17 @@ def open_device_decoders(
         return load_as(plain_jpeg_or_pixels, key, media, rules)
 
     def preprocess(pixels: Tensor) -> list[Tensor]:
-        found: list[Tensor] = []
+        pixels_by_model: list[Tensor] = []
         for encoder in encoders:
             in_two_steps = encoder.pixel_preprocess
             assert in_two_steps is not None
             # One view of each image.
-            found.append(in_two_steps.pixels(pixels)[None])
-        return found
+            pixels_by_model.append(in_two_steps.pixels(pixels)[None])
+        return pixels_by_model
 
-    def batch_of(place: int) -> tuple[int, int]:
-        shard, place_in_shard = divmod(place, layout.shard_rows)
-        return shard, place_in_shard // layout.batch_size
+    def batch_of(row: int) -> tuple[int, int]:
+        shard, row_in_shard = divmod(row, layout.shard_rows)
+        return shard, row_in_shard // layout.batch_size
 
     with open_threads(
         keys,
@@ -101,13 +101,13 @@ def open_device_decoders(
         ahead=2 * layout.batch_size + READING_THREADS,
     ) as read:
 
-        def decode(places: Sequence[int]) -> Iterator[Preprocessed[list[Tensor]]]:
-            files = read(places)
+        def decode(rows: Sequence[int]) -> Iterator[Preprocessed[list[Tensor]]]:
+            files = read(rows)
             # Images of one batch are decoded together, whichever shards a run encodes.
-            for _, batch in groupby(places, key=batch_of):
-                batch_places = list(batch)
-                batch_keys = [keys[place] for place in batch_places]
-                batch_files = [next(files) for _ in batch_places]
+            for _, batch in groupby(rows, key=batch_of):
+                batch_rows = list(batch)
+                batch_keys = [keys[row] for row in batch_rows]
+                batch_files = [next(files) for _ in batch_rows]
                 yield from _decoded(batch_keys, batch_files, device, preprocess)
 
         yield decode

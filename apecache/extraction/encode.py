@@ -94,13 +94,13 @@ class RowCopy:
 
     def finite(self) -> NDArray[np.bool_]:
         """Wait for the copy; return bool [n], whether all values of a row were finite."""
-        found: NDArray[np.bool_] = self._finite.read().numpy()
-        return found
+        is_finite: NDArray[np.bool_] = self._finite.read().numpy()
+        return is_finite
 
     def rows(self) -> NDArray[np.floating]:
         """Wait for the copy; return float16 or float32 [n, *row_shape]."""
-        found: NDArray[np.floating] = self._rows.read().numpy()
-        return found
+        rows: NDArray[np.floating] = self._rows.read().numpy()
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,7 +359,7 @@ class _PendingBatch:
         pixels: Tensor,
     ) -> None:
         self.shard_rows = shard_rows
-        self.place = slice(begin, begin + count)
+        self.batch_rows = slice(begin, begin + count)
         self.of_views = targets[0].record.layout.views is not None
         device = targets[0].encoder.device
         self.copies: list[list[RowCopy]] = []
@@ -377,11 +377,11 @@ class _PendingBatch:
         """Wait for the results and put them into the rows of the shard."""
         for view, copies in enumerate(self.copies):
             for rows, copy in zip(self.shard_rows, copies, strict=True):
-                rows.finite[self.place] &= copy.finite()
+                rows.finite[self.batch_rows] &= copy.finite()
                 if self.of_views:
-                    rows.features[self.place, view] = copy.rows()
+                    rows.features[self.batch_rows, view] = copy.rows()
                 else:
-                    rows.features[self.place] = copy.rows()
+                    rows.features[self.batch_rows] = copy.rows()
 
 
 def _finish(running: Sequence[_PendingBatch]) -> None:

@@ -37,7 +37,7 @@ class CaptionBatch:
     """Name the captions of one batch."""
 
     captions: range
-    """Places in the order by length."""
+    """Positions in the order by length."""
     length: int
     """Tokens that every caption is padded to."""
     n_slots: int
@@ -142,8 +142,8 @@ class TextJob:
         running: _PendingTexts | None = None
         sorted_lengths = [len(tokens.ids[i]) for i in order]
         for batch in divide_captions(sorted_lengths, self.layout, encoder):
-            places = [order[i] for i in batch.captions]
-            ids = [tokens.ids[i] for i in places]
+            positions = [order[i] for i in batch.captions]
+            ids = [tokens.ids[i] for i in positions]
             # Fillers repeat a caption: a model may give NaN for a row without tokens.
             fillers = [ids[-1]] * (batch.n_slots - len(ids))
             encoded = encode_or_halve(
@@ -151,12 +151,12 @@ class TextJob:
                 ids + fillers,
                 encoder.device,
             )
-            started = _PendingTexts([good_rows[i] for i in places], shard_rows, encoded)
+            started = _PendingTexts([good_rows[i] for i in positions], shard_rows, encoded)
             # Fetch the results of the batch before while the device computes this one.
             if running is not None:
                 running.store()
             running = started
-            advance(len(places))
+            advance(len(positions))
         if running is not None:
             running.store()
         advance(len(bad))
@@ -196,8 +196,8 @@ class _PendingTexts:
             features = copy.rows()
             # Tokens [n, longest, dim] are narrower than their array.
             is_tokens = features.ndim == 3
-            place = (self.rows, slice(features.shape[1])) if is_tokens else self.rows
-            target_rows.features[place] = features
+            destination = (self.rows, slice(features.shape[1])) if is_tokens else self.rows
+            target_rows.features[destination] = features
 
 
 def text_jobs(source: Inputs, targets: Sequence[ArrayTarget[TextEncoder]]) -> list[TextJob]:

@@ -43,7 +43,27 @@ def _encoder_goals(rows: Sequence[Row]) -> Iterator[Goal]:
             target=END_TO_END_SHARE,
             better="higher",
         )
+    on_device = _value(rows, "images_s", what="decoding on the device", resized=True)
+    run = "vit-b decoded on the device"
+    decoded_there = _value(rows, "image_rows_s", what="extraction", run=run)
+    if model and on_device and decoded_there:
+        # The card does both, one after the other.
+        both = 1 / (1 / model + 1 / on_device)
+        yield Goal(
+            name="extraction with --decode cuda, share of decoding and model on the card",
+            value=round(decoded_there / both, 3),
+            target=END_TO_END_SHARE,
+            better="higher",
+        )
     captions = _value(rows, "text_rows_s", what="extraction", run="captions")
+    counted = _value(rows, "text_rows_s", what="extraction", run="captions, 256 in a batch")
+    if captions and counted:
+        yield Goal(
+            name="captions in batches of tokens, times the rate of 256 in a batch",
+            value=round(captions / counted, 3),
+            target=1.0,
+            better="higher",
+        )
     if captions:
         yield Goal(
             name="captions a second, BERT-base in float16",

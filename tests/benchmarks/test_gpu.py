@@ -61,6 +61,25 @@ def test_goals_are_shares_of_the_ceilings_of_the_same_run() -> None:
     assert (whole.value, whole.met) == (0.75, False)
 
 
+def test_decoding_on_the_card_and_batches_of_tokens_have_goals() -> None:
+    model = {"what": "bare image model", "model": "vit-b", "precision": "float16"}
+    extraction = {"what": "extraction"}
+    rows: list[dict[str, Any]] = [
+        {**model, "images_s": 6000},
+        {"what": "decoding on the device", "resized": False, "images_s": 9000},
+        {"what": "decoding on the device", "resized": True, "images_s": 3000},
+        {**extraction, "run": "vit-b decoded on the device", "image_rows_s": 1900},
+        {**extraction, "run": "captions", "text_rows_s": 30_000},
+        {**extraction, "run": "captions, 256 in a batch", "text_rows_s": 24_000},
+    ]
+    by_name = {goal.name: goal for goal in reached_goals(rows)}
+    # Both together are 2,000 images a second.
+    there = by_name["extraction with --decode cuda, share of decoding and model on the card"]
+    assert (there.value, there.met) == (0.95, True)
+    gain = by_name["captions in batches of tokens, times the rate of 256 in a batch"]
+    assert (gain.value, gain.met) == (1.25, True)
+
+
 def test_goals_without_a_measurement_are_left_out() -> None:
     assert reached_goals([{"what": "skipped", "part": "fits"}]) == []
 

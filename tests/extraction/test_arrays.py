@@ -121,6 +121,39 @@ def test_without_a_batch_size_the_default_on_a_cpu_is_32_images_or_64_captions(
     )
 
 
+def test_tokens_of_a_batch_are_recorded_and_part_of_the_fingerprint_only_where_they_are_limited(
+    empty: FeatureStore,
+    bert: TextEncoder,
+) -> None:
+    spec = ExtractSpec(text_batch_tokens=96, shard_rows=5)
+    layout = prepare_one(empty, encoder=bert, rows=24, spec=spec).layout
+    assert (layout.batch_tokens, layout.batch_size) == (96, preparation.MAX_CAPTIONS)
+    recorded = FeatureStore.open(empty.path).array("text").record
+    assert recorded.layout == layout
+    storage = recorded.fingerprint.fields["storage"]
+    assert storage == {"dtype": "float16", "batch_size": 4096, "batch_tokens": 96}
+    # A resume takes what is recorded, and another limit is another array.
+    assert prepare_one(empty, encoder=bert, rows=24, spec=ExtractSpec()).layout == layout
+    for other in (ExtractSpec(text_batch_tokens=97), ExtractSpec(text_batch=64)):
+        with pytest.raises(MismatchError, match=r"storage\.batch"):
+            prepare_one(empty, encoder=bert, rows=24, spec=other)
+    assert "batch_tokens" not in replace(layout, batch_tokens=None).to_json()
+
+
+def test_on_an_accelerator_batches_of_captions_are_limited_by_their_tokens(
+    empty: FeatureStore,
+    bert: TextEncoder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preparation, "is_accelerator", lambda device: True)
+    tokens = preparation._default_batching(bert).tokens
+    assert tokens == preparation.CUDA_BATCH_TOKENS
+    # A number of captions that is asked for is the only limit.
+    asked = preparation._asked_batching(bert, ExtractSpec(text_batch=64))
+    assert asked is not None
+    assert (asked.size, asked.tokens) == (64, None)
+
+
 @pytest.mark.parametrize(
     ("seconds", "rows"),
     [(0.001, 4096), (1.0, 1024), (1.5, 1024), (2.0, 512), (100.0, 256)],

@@ -16,7 +16,7 @@ from tiny import extract_tiny, loaded_once, tree
 
 import apecache.extraction.compilation as compilation
 from apecache.data.sources import open_pairs
-from apecache.encoders.encoder import ImageEncoder, _compiled, compile_images
+from apecache.encoders.encoder import ImageEncoder, _compiled, compile_images, compile_texts
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import EncoderError, MismatchError, OptionError
 from apecache.extraction.run import ExtractSpec, extract
@@ -66,6 +66,43 @@ def test_a_compiled_encoder_gives_the_features_to_rounding(vit: ImageEncoder) ->
     pixels = torch.randn(4, *vit.input_shape)
     (found,) = compile_images([vit])(pixels)
     torch.testing.assert_close(found, vit.encode(pixels), rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the compiler's own
+def test_a_compiled_text_encoder_gives_the_features_at_every_length(
+    tiny_text_encoder: Path,
+) -> None:
+    (bert,) = loaded_once("text")((parse_encoder(f"hf:{tiny_text_encoder}", "text"),), "cpu")
+    encode = compile_texts([bert])
+    for length in (8, 12):
+        ids = bert.tokenize(["a red circle", "a green square on white"]).ids
+        (found,) = encode(ids, length=length)
+        torch.testing.assert_close(found, bert.encode_ids(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_texts_that_cannot_be_compiled_run_as_they_are_and_the_record_says_so(
+    shapes_once: Path,
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+    tmp_path: Path,
+    plain_compile: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(encoders: Any) -> Any:
+        raise RuntimeError("an operation that the compiler does not know")
+
+    monkeypatch.setattr(compilation, "compile_texts", refuse)
+    encoders = (tiny_image_encoder, tiny_text_encoder)
+    extract_tiny(shapes_once, tmp_path / "store", *encoders, compiled=True)
+    store = FeatureStore.open(tmp_path / "store")
+    assert store.array("image").record.layout.compiled
+    text = store.array("text").record
+    assert not text.layout.compiled
+    assert "compile" not in text.fingerprint.fields["storage"]
+    # The same command again: what was decided stays.
+    extract_tiny(shapes_once, tmp_path / "store", *encoders, compiled=True)
 
 
 COMPILE_IN_A_PROCESS = """

@@ -39,6 +39,7 @@ from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit_encoder import fit_encoder
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
+from apecache.train.live import CachedInputs
 
 TOLERANCE = 1e-5
 NAME = register.NAME
@@ -68,6 +69,8 @@ def extracted(
                 image=tiny_image_encoder,
                 text=tiny_text_encoder,
                 device=device,
+                # Without it the fastest precision of the device is measured, whichever that is.
+                precision="float32",
             )
         return FeatureStore.open(store)
 
@@ -263,3 +266,32 @@ def test_dropout_in_slices_is_that_of_the_whole_batch() -> None:
     assert torch.rand(1).device.type == "cpu"
     with seeded_generators(3, DEVICE):
         assert torch.equal(draw().cpu(), first)
+
+
+@pytest.mark.parametrize("n_bytes", [100, 2**40], ids=["streamed", "resident"])
+def test_fit_encoder_streams_cached_features_that_do_not_fit(
+    extracted: Any,
+    table: Path,
+    tmp_path: Path,
+    n_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = ["schedule.epochs=2", "schedule.batch_size=8", "optimizer.kind=sgd"]
+    recipe = load_recipe("lit", [*settings, "augmentation={}"])
+    monkeypatch.setattr(register.module, "mem_get_info", lambda device: (n_bytes, n_bytes))
+    held: list[str] = []
+    real_take = CachedInputs.take
+
+    def take(inputs: CachedInputs, rows: Any) -> Any:
+        held.append(inputs.features.device.type)
+        return real_take(inputs, rows)
+
+    monkeypatch.setattr(CachedInputs, "take", take)
+    tensors = []
+    for device in (NAME, "cpu"):
+        spec = FitEncoderSpec(splits=SplitSpec(dev="val"), device=device)
+        fit_encoder(extracted("cpu"), recipe=recipe, out=tmp_path / device, spec=spec)
+        weights, _ = read_tensors(tmp_path / device / WEIGHTS)
+        tensors.append(torch.cat([weights[key].flatten() for key in sorted(weights)]))
+    assert held[0] == ("cpu" if n_bytes == 100 else DEVICE.type)
+    assert relative_distance(*tensors) < TOLERANCE

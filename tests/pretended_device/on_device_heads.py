@@ -247,9 +247,12 @@ def test_work_on_the_cpu_leaves_the_device_alone() -> None:
     assert torch.equal(before, generator_states(DEVICE)[1])
 
 
-def populations_of(content: bool) -> tuple[list[HeadFit], FeaturePairs, StepCount, Any]:
+def populations_of(
+    content: bool,
+    settings: Sequence[str] = (),
+) -> tuple[list[HeadFit], FeaturePairs, StepCount, Any]:
     train = on_device(pairs(160, 0, content))
-    made = [make([f"optimizer.lr={0.01 * (i + 1)}"], i, train) for i in range(3)]
+    made = [make([*settings, f"optimizer.lr={0.01 * (i + 1)}"], i, train) for i in range(3)]
     streams = MemberGenerators.seeded([1, 2, 3], DEVICE)
     return [training for training, _ in made], train, made[0][1], streams
 
@@ -287,3 +290,33 @@ def test_a_population_never_waits_in_a_step(content: bool) -> None:
     assert plan.per_epoch >= 5
     assert counts.waits == {}
     assert counts.races == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["loss.kind=sigmoid", "loss.temperature=0.1"],
+        ["loss.kind=sigmoid", "loss.temperature=0.1", "loss.captions=2"],
+        ["loss.structure=1.0", "loss.structure_warmup=3"],
+    ],
+    ids=["sigmoid", "sigmoid of two captions", "structure"],
+)
+def test_other_losses_of_a_population_never_wait_and_end_where_fits_alone_end(
+    settings: list[str],
+) -> None:
+    members, train, plan, streams = populations_of(False, settings)
+    population = Population(members, streams, plan)
+    population.take_steps(train)
+    for member in members:
+        member.in_epoch = 0
+    with Counts() as counts:
+        population.take_steps(train)
+    assert counts.waits == {}
+    assert counts.races == []
+    members, train, plan, streams = populations_of(False, settings)
+    train_together(
+        members, streams=streams, train=train, dev=on_device(DEV), plan=plan, n_epochs=1000
+    )
+    for i, member in enumerate(members):
+        alone = solo([*settings, f"optimizer.lr={0.01 * (i + 1)}"], i, pairs(160, 0, False))
+        assert largest_distance(weights(member), weights(alone)) < 10 * TOLERANCE

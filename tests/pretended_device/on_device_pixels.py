@@ -2,21 +2,27 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torchvision.io
+from PIL import Image
 from pretended_device import register
 from pretended_device.register import DEVICE, Counts, largest_distance
 from tiny import make_shapes
 
+import apecache.extraction.device_decoding as device_decoding
+from apecache.data.media import FolderMedia
+from apecache.data.pairs import Pair, PairSource
 from apecache.data.sources import open_pairs
 from apecache.device import HostCopy
 from apecache.encoders.encoder import encode_images
 from apecache.encoders.load import load_image_encoder
 from apecache.encoders.spec import parse_encoder
-from apecache.extraction.encode import ArrayTarget, ImageJob
+from apecache.extraction.encode import ArrayTarget, ImageJob, RowCopy
 from apecache.extraction.run import extract
 from apecache.extraction.spec import ExtractSpec
 from apecache.store.reader import FeatureStore
@@ -54,8 +60,10 @@ def test_normalizing_on_the_device_never_waits(spec: Any) -> None:
     ("device", "dtype"), [("cpu", torch.float32), (register.NAME, torch.uint8)]
 )
 def test_only_an_accelerator_is_sent_bytes(spec: Any, device: str, dtype: torch.dtype) -> None:
-    record: Any = None
-    target = ArrayTarget(encoder=load_image_encoder(spec, device), record=record)
+    encoder = load_image_encoder(spec, device)
+    # Of the record only the fingerprint is looked at, which says where images are decoded.
+    record: Any = SimpleNamespace(fingerprint=encoder.fingerprint)
+    target = ArrayTarget(encoder=encoder, record=record)
     source: Any = None
     assert ImageJob(source=source, targets=(target,), workers=0).pixel_dtype == dtype
 
@@ -90,3 +98,60 @@ def test_a_copy_to_the_host_is_not_waited_for_before_it_is_read() -> None:
     assert counts.waits == {}
     assert copy.read().tolist() == [[0, 1, 2], [3, 4, 5]]
     assert HostCopy(torch.ones(2)).read().tolist() == [1, 1]
+
+
+def test_jpegs_that_the_device_decodes_give_the_features_of_the_cpu(
+    spec: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The stand-in for nvJPEG decodes as the CPU does, but puts the pixels onto the device."""
+    real: Any = torchvision.io.decode_jpeg
+    sizes: list[int] = []
+
+    def decode_jpeg(files: Any, mode: str, device: Any = "cpu") -> Any:
+        if isinstance(files, torch.Tensor):
+            return real(files, mode)
+        sizes.append(len(files))
+        return [real(file, mode).to(device) for file in files]
+
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", decode_jpeg)
+    monkeypatch.setattr(device_decoding, "can_decode_on", lambda device: device == DEVICE)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for row in range(10):
+        pixels = np.random.default_rng(row).integers(0, 256, (6, 7, 3), np.uint8)
+        picture = Image.fromarray(pixels).resize((40 + row, 50))
+        picture.save(folder / f"{row}.jpg", "PNG" if row == 5 else "JPEG")
+    pairs = tuple(Pair(key=f"{row}.jpg", captions=(), languages=()) for row in range(10))
+    source = PairSource(pairs, media=FolderMedia(root=folder))
+    loaded = []
+    decoders: tuple[tuple[str, Any], ...] = ((register.NAME, "cuda"), ("cpu", "cpu"))
+    for device, decode in decoders:
+        asked = ExtractSpec(
+            image=spec,
+            image_batch=4,
+            shard_rows=6,
+            storage_dtype="float32",
+            precision="float32",
+            device=device,
+            decode=decode,
+        )
+        extract(source, tmp_path / device, asked)
+        loaded.append(FeatureStore.open(tmp_path / device).arrays("image")[0].load())
+    assert sizes == [4, 1, 4]
+    # Both resize by the same kernels here, but the pixels are rounded on either side.
+    norms = np.linalg.norm(loaded[0], axis=1) * np.linalg.norm(loaded[1], axis=1)
+    assert ((loaded[0] * loaded[1]).sum(1) / norms).min() > 0.9999
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_are_rounded_on_the_device_without_a_wait(dtype: torch.dtype) -> None:
+    values = torch.tensor([[1.0, 2.0], [1e6, 0.1], [torch.nan, 1.0]])
+    there = values.to(DEVICE)
+    with Counts() as counts:
+        copy = RowCopy(there, dtype)
+    assert counts.waits == {}
+    assert counts.races == []
+    assert copy.finite().tolist() == [True, True, False]
+    np.testing.assert_array_equal(copy.rows(), values.to(dtype).numpy())

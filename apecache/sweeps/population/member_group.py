@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from apecache.device import float32_products, send
 from apecache.heads.head import EnsembleHead
-from apecache.losses.registry import TILED_FROM
+from apecache.losses.registry import TILED_FROM, structure_weight
 from apecache.recipes.recipe import AugmentationSpec
 from apecache.sweeps.population.stacked_adam import StackedAdam, can_share_adam
 from apecache.sweeps.population.stacked_batches import StackedBatch, draw_stacked
@@ -26,6 +26,7 @@ from apecache.sweeps.population.stacked_losses import (
     Gradients,
     batched_info_nce,
     batched_sigmoid,
+    batched_structure,
     stacked_info_nce,
     stacked_sigmoid,
 )
@@ -249,6 +250,8 @@ class MemberGroup:
             contrast = self._contrast(image, text)
         elif self._are_sigmoid(seen_batch):
             contrast = self._contrast_pairs(seen_batch, image, text)
+        elif self._are_structured(seen_batch):
+            contrast = self._contrast_structured(seen_batch, image, text)
         else:
             contrast = self._one_by_one(seen_batch, image, text)
         return self._backward(*contrast)
@@ -264,6 +267,21 @@ class MemberGroup:
     def _are_sigmoid(self, batch: StackedBatch) -> bool:
         """Return whether the stacked sigmoid loss is the loss of every member on this batch."""
         return _fits_whole(batch) and all(_is_alone(member, "sigmoid") for member in self.members)
+
+    def _are_structured(self, batch: StackedBatch) -> bool:
+        """Return whether every member has InfoNCE, and the structure term for all is one call.
+
+        On a CPU the similarities of one member at a time are in memory.
+        """
+        divergences = {member.recipe.loss.structure_divergence for member in self.members}
+        return (
+            self.few_launches
+            and _fits_whole(batch)
+            and batch.image.shape[1] == batch.text.shape[1]
+            and all(groups is None for groups in batch.groups)
+            and all(_is_whole(member, "infonce") for member in self.members)
+            and len(divergences) == 1
+        )
 
     def _forward(self, image: Tensor, text: Tensor, standardized: bool) -> tuple[Tensor, Tensor]:
         image_heads, text_heads = self.heads
@@ -326,6 +344,31 @@ class MemberGroup:
         losses, gradients, by_bias = sigmoid(image, text, scale, bias.value, _positives(batch))
         bias.add(by_bias.div_(self.plan.accumulate))
         return self._kept(losses, gradients, scale)
+
+    def _contrast_structured(
+        self,
+        batch: StackedBatch,
+        image: Tensor,
+        text: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute InfoNCE and the structure term of every member, as `_contrast` does InfoNCE."""
+        specs = [member.recipe.loss for member in self.members]
+        weights = [
+            structure_weight(member.step, member.recipe.loss) / self.plan.accumulate
+            for member in self.members
+        ]
+        temperatures = [spec.structure_temperature for spec in specs]
+        # One transfer for both.
+        numbers = send(torch.tensor([weights, temperatures]), image.device)
+        weight, temperature = numbers.unbind()
+        losses, gradients = batched_structure(
+            [(batch.image, image), (batch.text, text)],
+            weight=weight,
+            temperature=temperature,
+            divergence=specs[0].structure_divergence,
+        )
+        contrast, by_image, by_text = self._contrast(image, text)
+        return contrast + losses, by_image + gradients[0], by_text + gradients[1]
 
     def _scale(self) -> Tensor:
         """Return the factor of the cosines of every member, float [k]."""
@@ -402,9 +445,14 @@ def _is_plain(member: HeadFit) -> bool:
 
 def _is_alone(member: HeadFit, kind: str) -> bool:
     """Return whether a member's loss is of this kind, on whole embeddings, with no other term."""
+    return _is_whole(member, kind) and not member.recipe.loss.structure
+
+
+def _is_whole(member: HeadFit, kind: str) -> bool:
+    """Return whether a member's loss of pairs is of this kind, on whole embeddings."""
     loss = member.recipe.loss
     is_ensemble = isinstance(member.model.image, EnsembleHead)
-    return loss.kind == kind and not loss.structure and not loss.matryoshka and not is_ensemble
+    return loss.kind == kind and not loss.matryoshka and not is_ensemble
 
 
 def _fits_whole(batch: StackedBatch) -> bool:

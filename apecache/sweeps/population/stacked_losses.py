@@ -1,8 +1,13 @@
 """Losses of several models at once, each with its own batch, and gradients in closed form."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from apecache.losses.geometry import Divergence, structure_divergence
 
 SAFE_SCALE = 40.0
 """Up to this scale the exponentials of the logits, and their sums, stay within float32, so that one
@@ -125,6 +130,36 @@ def stacked_sigmoid(
         losses[of_model], gradients, by_biases[of_model] = result
         by_images[of_model], by_texts[of_model], by_scales[of_model] = gradients
     return losses, (by_images, by_texts, by_scales), by_biases
+
+
+def batched_structure(
+    sides: Sequence[tuple[Tensor, Tensor]],
+    weight: Tensor,
+    temperature: Tensor,
+    divergence: Divergence,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Compute the weighted `structure_divergence` of each model, the mean over the sides.
+
+    Autograd goes through all models at once.
+
+    Args:
+        sides: For each side the features, float [k, n, in_dim], and embeddings, [k, n, out_dim].
+        weight: Of each model, float [k].
+        temperature: Divides the similarities of each model, float [k].
+        divergence: Which formula.
+
+    Returns:
+        Losses, float [k], and for each side their gradients by the embeddings.
+    """
+    of_models = torch.func.vmap(partial(structure_divergence, kind=divergence))
+    with torch.enable_grad():
+        embeddings = [after.detach().requires_grad_() for _, after in sides]
+        terms: list[Tensor] = []
+        for (before, _), after in zip(sides, embeddings, strict=True):
+            terms.append(of_models(before.float(), after, temperature))
+        losses = weight * torch.stack(terms).mean(0)
+        gradients = torch.autograd.grad(losses.sum(), embeddings)
+    return losses.detach(), gradients
 
 
 def _softmaxes(logits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

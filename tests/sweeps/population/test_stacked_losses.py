@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from apecache.losses.contrastive import Groups, info_nce, sigmoid_loss
+from apecache.losses.geometry import structure_divergence
 from apecache.sweeps.population.stacked_losses import (
     batched_info_nce,
     batched_sigmoid,
+    batched_structure,
     stacked_info_nce,
     stacked_sigmoid,
 )
@@ -63,3 +65,28 @@ def test_losses_and_gradients_are_those_of_the_sigmoid_loss(loss: Any, captions:
     same = torch.stack([g.image.unsqueeze(1) == g.text.unsqueeze(0) for g in groups])
     found = loss(image.detach(), text.detach(), log_scales.exp().detach(), biases.detach(), same)
     torch.testing.assert_close(found, (expected.detach(), (by_image, by_text, by_scale), by_bias))
+
+
+@pytest.mark.parametrize("divergence", ["jensen-shannon", "as-coded"])
+def test_losses_and_gradients_are_those_of_the_structure_term(divergence: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(dim: int) -> torch.Tensor:
+        return torch.randn(3, 7, dim, generator=generator, dtype=torch.float64)
+
+    befores = (rows(6).float().double(), rows(4).float().double())
+    afters = (rows(5).requires_grad_(), rows(5).requires_grad_())
+    weights = torch.tensor([0.0, 1.0, 10.0], dtype=torch.float64)
+    temperatures = torch.tensor([0.05, 0.1, 0.2], dtype=torch.float64)
+    terms = []
+    for before, after in zip(befores, afters, strict=True):
+        pieces = zip(before.float(), after, temperatures, strict=True)
+        terms.append(
+            torch.stack([structure_divergence(*piece, kind=divergence) for piece in pieces])
+        )
+    expected = weights * torch.stack(terms).mean(0)
+    gradients = torch.autograd.grad(expected.sum(), afters)
+    sides = [(before, after.detach()) for before, after in zip(befores, afters, strict=True)]
+    losses, found = batched_structure(sides, weights, temperatures, divergence)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(list(found), list(gradients))
