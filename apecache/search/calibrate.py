@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from apecache.search.faiss_index import QUERIES, SEED, Floats, exact_search
+from apecache.search.exact import Floats, exact_search
+from apecache.search.faiss_index import QUERIES, SEED
 
 QUANTILE = 0.95
 """Share of queries without an answer whose best result scores below the threshold."""

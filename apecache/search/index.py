@@ -42,8 +42,8 @@ from apecache.evaluate.left_out import LeftOut
 from apecache.fingerprint import Modality
 from apecache.runs.load import Run, copy_run, load_run
 from apecache.search.calibrate import nothing_found_score
+from apecache.search.exact import Floats, shortened
 from apecache.search.faiss_index import (
-    Floats,
     KindReport,
     VectorIndex,
     allocate_flat,
@@ -51,7 +51,6 @@ from apecache.search.faiss_index import (
     load_faiss,
     measured,
     open_vectors,
-    shortened,
 )
 from apecache.search.index_files import (
     FORMAT_VERSION,

@@ -21,7 +21,8 @@ from apecache.heads.normalization import normalize
 from apecache.metrics.csls import CSLS_NEIGHBORS
 from apecache.runs.bundle import bundled_encoders
 from apecache.runs.load import Embed, Run, image_embedder, load_run, text_embedder
-from apecache.search.faiss_index import Floats, VectorIndex, load_faiss, open_vectors
+from apecache.search.exact import Floats
+from apecache.search.faiss_index import VectorIndex, load_faiss, open_vectors
 from apecache.search.index_files import Part, read_description, read_report, read_rows
 from apecache.search.where import parse_where, rows_where
 

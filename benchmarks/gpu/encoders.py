@@ -299,7 +299,7 @@ def _worst(
 
 def search(context: PartContext) -> None:
     """Time exact search on the CPU by NumPy and on the device by torch."""
-    from apecache.search.faiss_index import exact_search
+    from apecache.search.exact import exact_search
 
     n_vectors, dim, n_queries = (2000, 32, 20) if context.tiny else (200_000, 512, 1000)
     vectors = _unit_vectors(n_vectors, dim, seed=0)

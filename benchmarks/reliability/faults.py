@@ -246,7 +246,7 @@ def removal_kills(bench: Bench) -> Row:
 
 
 def removal_power_cuts(bench: Bench) -> Row:
-    result = removals.removal_cuts(bench.folder, bench.count(12, 500), bench.seed)
+    result = removals.removal_cuts(bench.folder, bench.count(12, 250), bench.seed)
     return _row(
         "power cut while views are removed",
         faults=result.states,
@@ -256,7 +256,7 @@ def removal_power_cuts(bench: Bench) -> Row:
 
 
 def removal_failing_calls(bench: Bench) -> Row:
-    result = removals.removal_errors(bench.folder, bench.count(40, 2))
+    result = removals.removal_errors(bench.folder, bench.count(40, 5))
     detail = ", ".join(f"{count} {op}" for op, count in sorted(result.kinds.items()))
     return _row(
         "system call fails while views are removed",

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from apecache.search.faiss_index import Floats, VectorIndex, build_vectors, recall
+from apecache.search.exact import Floats, recall
+from apecache.search.faiss_index import VectorIndex, build_vectors
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 DIM = 512

@@ -235,7 +235,10 @@ def test_added_images_follow_the_rule_of_the_splits(
         shutil.copy(tmp_path / key, tmp_path / "images" / f"copy-{split}.png")
         copies[f"images/copy-{split}.png"] = split
     add_images(tmp_path / "store", [tmp_path / key for key in copies], device="cpu")
-    after = FeatureStore.open(tmp_path / "store").pairs
+    opened = FeatureStore.open(tmp_path / "store")
+    # How the table was opened stays known, so that its images and columns can be read again.
+    assert opened.source["options"] == store.source["options"]
+    after = opened.pairs
     for key, split in copies.items():
         assert after.splits[after.row_of_key[key]] == split
     for key, split in zip(before.keys, before.splits, strict=True):

@@ -19,7 +19,7 @@ def test_kills_lose_no_view(towers: Towers, tmp_path: Path, long_run: bool) -> N
 
 
 def test_power_cuts_lose_no_view(tmp_path: Path, long_run: bool) -> None:
-    result = removal_cuts(tmp_path, resumes=500 if long_run else 12, seed=1)
+    result = removal_cuts(tmp_path, resumes=250 if long_run else 12, seed=1)
     assert result.wrong == []
     assert result.cuts > 500
     assert result.resumed >= 12
@@ -27,6 +27,6 @@ def test_power_cuts_lose_no_view(tmp_path: Path, long_run: bool) -> None:
 
 @pytest.mark.slow
 def test_failing_calls_lose_no_view(tmp_path: Path, long_run: bool) -> None:
-    result = removal_errors(tmp_path, step=2 if long_run else 40)
+    result = removal_errors(tmp_path, step=5 if long_run else 40)
     assert result.wrong == []
     assert result.faults > 10

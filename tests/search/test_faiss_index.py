@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+import apecache.search.exact
 import apecache.search.faiss_index
 from apecache.errors import DataError, OptionError, RunError
-from apecache.search.faiss_index import Floats, build_vectors, factory_of, measured, open_vectors
+from apecache.search.exact import Floats, exact_search, recall
+from apecache.search.faiss_index import build_vectors, factory_of, measured, open_vectors
 
 
 def clustered(n: int, seed: int = 0, dim: int = 16) -> Floats:
@@ -81,9 +83,9 @@ def test_an_exact_index_is_a_matrix_product() -> None:
 @pytest.mark.parametrize("tile", [1, 64, 1499, 1500, 9999])
 def test_tiles_change_nothing(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     product = QUERIES[:50] @ VECTORS.T
-    monkeypatch.setattr(apecache.search.faiss_index, "TILE", tile)
+    monkeypatch.setattr(apecache.search.exact, "TILE", tile)
     for k in (1, 100, 1500):
-        scores, rows = apecache.search.faiss_index.exact_search(VECTORS, QUERIES[:50], k)
+        scores, rows = exact_search(VECTORS, QUERIES[:50], k)
         np.testing.assert_allclose(scores, -np.sort(-product)[:, :k], atol=1e-6)
         np.testing.assert_allclose(np.take_along_axis(product, rows, 1), scores, atol=1e-6)
 
@@ -93,7 +95,7 @@ def test_equal_vectors_count_as_found_and_missing_ones_do_not() -> None:
     best = np.ones((1, 2), np.float32)
     for found, share in (([[1, 2]], 1.0), ([[0, 5]], 0.5), ([[0, -1]], 0.5), ([[-1, -1]], 0.0)):
         assert (
-            apecache.search.faiss_index.recall(
+            recall(
                 vectors[:1],
                 vectors=vectors,
                 found=np.array(found),

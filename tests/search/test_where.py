@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from apecache.errors import OptionError
 from apecache.search.calibrate import nothing_found_score
-from apecache.search.faiss_index import build_vectors, exact_search, measured, shortened
+from apecache.search.exact import exact_search, shortened
+from apecache.search.faiss_index import build_vectors, measured
 from apecache.search.index import build_index
 from apecache.search.query import SearchIndex
 from apecache.search.where import Condition, parse_where, rows_where

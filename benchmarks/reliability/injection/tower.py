@@ -471,7 +471,7 @@ def _run(request: dict[str, Any]) -> list[str]:
         # Imported here: that module imports this one.
         from benchmarks.reliability.injection.removals import act_at, seen_removals
 
-        with seen_removals(), intercepted(Path(store).parent, kill or unsynced()):
+        with seen_removals(), intercepted(Path(store).parent, unsynced(kill)):
             return act_at(store)
     if request.get("unsynced") or kill:
         store = Path(store)
