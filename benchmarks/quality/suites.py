@@ -87,6 +87,7 @@ def main() -> None:
         if captioned:
             write_captioned(root / "retrieval" / "flickr30k", captioned)
         rows = measure(run, root, work, data, captioned)
+        mean = mean_row(run)
     differences = [row["hits that differ"] for row in rows]
     missing = next(row["missing"] for row in rows if row["program"] == "datacomp-38")
     goals = [
@@ -99,7 +100,7 @@ def main() -> None:
             better="lower",
         ),
     ]
-    rows.append(mean_row(run))
+    rows.append(mean)
     hidden = ("missing", "missing tasks")
     print_table([{key: row[key] for key in row if key not in hidden} for row in rows])
     print_goals(goals)
