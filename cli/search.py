@@ -58,6 +58,13 @@ def index(
             rich_help_panel=ADVANCED,
         ),
     ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Keep a column of the table, for search --where NAME=VALUE. Repeatable.",
+        ),
+    ] = None,
     update: Annotated[
         bool,
         typer.Option("--update", help="Add and remove what has changed in the store."),
@@ -81,7 +88,7 @@ def index(
         require_one_way(update, overwrite)
         require_trained_width(run, dim)
         if update:
-            require_no_dim(dim)
+            require_as_built(dim, column)
             report = update_by(
                 run,
                 store=store,
@@ -105,6 +112,7 @@ def index(
                 kind=kind or "flat",
                 open_image=opener(root, opened),
                 dim=dim,
+                columns=column or (),
             )
         if json:
             show_json(report)
@@ -112,16 +120,20 @@ def index(
             show_index(report, update)
 
 
-def require_no_dim(dim: int | None) -> None:
-    """Refuse another width with --update.
+def require_as_built(dim: int | None, columns: list[str] | None) -> None:
+    """Refuse another width and other columns with --update.
 
     Raises:
-        OptionError: --dim is given.
+        OptionError: --dim or --column is given.
     """
     from apecache.errors import OptionError
 
     if dim is not None:
         raise OptionError("--dim has no effect on --update, which keeps the width; leave it out")
+    if columns:
+        raise OptionError(
+            "--column has no effect on --update, which keeps the columns; leave it out"
+        )
 
 
 def require_trained_width(run: Path, dim: int | None) -> None:

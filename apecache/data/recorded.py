@@ -81,6 +81,7 @@ def recorded_column(
     record: Mapping[str, Any],
     column: str,
     source: AnyPath | None = None,
+    option: str = "--by",
 ) -> dict[str, str]:
     """Read a column of the table that a store recorded.
 
@@ -88,6 +89,7 @@ def recorded_column(
         record: The store's record of its source.
         column: Name of the column.
         source: New name of the source.
+        option: What asked for the column, for messages.
 
     Returns:
         Value by key of the image; empty where the table has none.
@@ -104,7 +106,7 @@ def recorded_column(
             return {pair.key: pair.label for pair in open_unsplit(origin, spec)}
         except ManifestError as error:
             if origin == origins[-1]:
-                raise ManifestError(str(error).replace("--label-column", "--by")) from None
+                raise ManifestError(str(error).replace("--label-column", option)) from None
     raise AssertionError("unreachable: there is at least one origin")
 
 

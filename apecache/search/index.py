@@ -42,6 +42,7 @@ from apecache.evaluate.left_out import LeftOut
 from apecache.fingerprint import Modality
 from apecache.runs.load import Run, copy_run, load_run
 from apecache.search.calibrate import nothing_found_score
+from apecache.search.columns import ColumnValues, read_columns
 from apecache.search.exact import Floats, shortened
 from apecache.search.faiss_index import (
     KindReport,
@@ -83,6 +84,8 @@ class IndexSettings:
     kind: str
     dim: int | None
     """Values that are kept of each embedding; None: all."""
+    columns: ColumnValues
+    """Further columns of the table, whose values the rows have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,8 @@ def build_index(
     kind: str = "flat",
     open_image: OpenImage | None = None,
     dim: int | None = None,
+    columns: Sequence[str] = (),
+    source: AnyPath | None = None,
 ) -> IndexReport:
     """Embed a store's images and captions, and write an index folder, completely or not at all.
 
@@ -129,9 +134,12 @@ def build_index(
         kind: as in `apecache.search.faiss_index`.
         open_image: as `embed_store` takes it.
         dim: keep the first values of each embedding, L2-normalized again. None: all.
+        columns: of the store's table, whose values the rows have, for conditions of a search.
+        source: the table, where it is not where the store recorded it.
 
     Raises:
         RunError: no finished run, or `out` exists.
+        ManifestError: the table is not there, or has no such column.
         MismatchError: the store is not of the run's encoders.
         MissingExtraError: FAISS is not installed.
         OptionError: no such kind.
@@ -152,7 +160,12 @@ def build_index(
     loaded = load_run(run)
     if dim is not None and not 0 < dim <= loaded.image.dim:
         raise OptionError(f"--dim {dim}: the embeddings have {loaded.image.dim}; give 1 to that")
-    settings = IndexSettings(split=split, kind=kind, dim=dim)
+    settings = IndexSettings(
+        split=split,
+        kind=kind,
+        dim=dim,
+        columns=read_columns(store, columns, source),
+    )
     flat_indexes: dict[Part, VectorIndex] = {}
     embedded = embed_store(
         loaded,
@@ -187,11 +200,12 @@ def update_index(
     store: FeatureStore,
     out: AnyPath,
     open_image: OpenImage | None = None,
+    source: AnyPath | None = None,
 ) -> IndexReport:
     """Update an index to its store: add new rows and remove missing ones, by key.
 
-    Kind and split stay. No frozen encoder runs. An image is the same if its key and file are the
-    same, a caption if its key and words are the same.
+    Kind, split and columns stay. No frozen encoder runs. An image is the same if its key and file
+    are the same, a caption if its key and words are the same.
 
     Rows that follow those of the index are appended. After any other change the index is filled
     again in the order of the store, because FAISS's graphs cannot remove vectors. The trained state
@@ -202,6 +216,7 @@ def update_index(
         store: its features and captions.
         out: folder of the index.
         open_image: as `embed_store` takes it.
+        source: the table, where it is not where the store recorded it.
 
     Raises:
         MismatchError: the index is of another head than the run.
@@ -217,6 +232,7 @@ def update_index(
         split=description.get("split"),
         kind=kind_of(description),
         dim=description.get("dim"),
+        columns=read_columns(store, description.get("columns", ()), source),
     )
     flat_indexes: dict[Part, VectorIndex] = {}
     embedded = embed_store(
@@ -328,7 +344,7 @@ def _write(
     }
     dim = settings.dim or embedded.image.shape[1]
     vectors = {side_name: _kept(values, dim) for side_name, values in full_vectors.items()}
-    image_rows, text_rows = index_rows(store, loaded, embedded)
+    image_rows, text_rows = index_rows(store, loaded, embedded, settings.columns)
     rows: dict[Part, list[Row]] = {"images": image_rows, "texts": text_rows}
     reports: dict[Part, KindReport] = {}
     with _replacing(out) as folder:
@@ -354,6 +370,7 @@ def _write(
             "format": FORMAT_VERSION,
             "head": loaded.digest,
             "split": settings.split,
+            "columns": list(settings.columns),
             "data": store.digest,
             "kind": settings.kind,
             "nothing_found": _thresholds(vectors, embedded),

@@ -14,6 +14,7 @@ from apecache.errors import RunError, nearest_sibling, raise_if_refused
 from apecache.evaluate.embeddings import Embeddings, find_features
 from apecache.runs.heads import TrainedSide
 from apecache.runs.load import Run
+from apecache.search.columns import ColumnValues
 from apecache.search.faiss_index import KindReport
 from apecache.store.reader import FeatureStore
 from apecache.store.table import PairTable
@@ -24,11 +25,16 @@ PARTS: tuple[Part, ...] = ("images", "texts")
 Row = Mapping[str, str]
 
 
-def index_rows(store: FeatureStore, run: Run, embedded: Embeddings) -> tuple[list[Row], list[Row]]:
+def index_rows(
+    store: FeatureStore,
+    run: Run,
+    embedded: Embeddings,
+    columns: ColumnValues,
+) -> tuple[list[Row], list[Row]]:
     """Return the rows of images and captions.
 
     An image has its key, its first usable caption (empty without one) and the hash of its file. A
-    caption has the key of its image and its words.
+    caption has the key of its image and its words. Both have the image's values of `columns`.
     """
     pairs = store.pairs
     content = _content(store, run)
@@ -42,7 +48,7 @@ def index_rows(store: FeatureStore, run: Run, embedded: Embeddings) -> tuple[lis
             {
                 "key": pairs.keys[image_row],
                 "caption": pairs.captions[text_row],
-                **_filled(_labels(pairs, image_row), language=language),
+                **_filled(_labels(pairs, image_row, columns), language=language),
             }
         )
     images: list[Row] = []
@@ -53,15 +59,20 @@ def index_rows(store: FeatureStore, run: Run, embedded: Embeddings) -> tuple[lis
                 "key": pairs.keys[image_row],
                 "caption": caption,
                 "content": content[image_row],
-                **_filled(_labels(pairs, image_row)),
+                **_filled(_labels(pairs, image_row, columns)),
             }
         )
     return images, texts
 
 
-def _labels(pairs: PairTable, image_row: int) -> dict[str, str]:
-    """Return split and label of an image."""
-    return {"split": str(pairs.splits[image_row]), "label": str(pairs.labels[image_row])}
+def _labels(pairs: PairTable, image_row: int, columns: ColumnValues) -> dict[str, str]:
+    """Return split and label of an image, and its values of further columns."""
+    key = pairs.keys[image_row]
+    return {
+        "split": str(pairs.splits[image_row]),
+        "label": str(pairs.labels[image_row]),
+        **{column: values.get(key, "") for column, values in columns.items()},
+    }
 
 
 def _filled(fields: dict[str, str], **more: str) -> dict[str, str]:

@@ -231,7 +231,8 @@ class SearchIndex:
         if where is None:
             all_scores, all_rows = vectors.search(vector, n_candidates)
         else:
-            matching = rows_where(parse_where(where), rows)
+            conditions = parse_where(where, self.description.get("columns", ()))
+            matching = rows_where(conditions, rows)
             all_scores, all_rows = vectors.search_among(matching, vector, n_candidates)
         # One query, so one row of results. An approximate index fills it up with -1.
         is_found = all_rows[0] >= 0

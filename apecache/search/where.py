@@ -38,11 +38,15 @@ class Condition:
                 return fnmatchcase(text, self.value)
 
 
-def parse_where(text: str) -> list[Condition]:
+def parse_where(text: str, columns: Sequence[str] = ()) -> list[Condition]:
     """Parse conditions that are joined by `and`.
 
     A condition is `FIELD=VALUE`, `FIELD!=VALUE` or `FIELD~PATTERN` with `*` and `?`. A value with
     spaces stands in quotes: `label="traffic light"`.
+
+    Args:
+        text: the conditions.
+        columns: fields that the rows have beside the usual ones.
 
     Raises:
         OptionError: not such conditions, or an unknown field.
@@ -57,7 +61,8 @@ def parse_where(text: str) -> list[Condition]:
             terms.append([])
         else:
             terms[-1].append(word)
-    return [_condition(" ".join(term), text) for term in terms]
+    fields = (*FIELDS, *columns)
+    return [_condition(" ".join(term), text, fields) for term in terms]
 
 
 def rows_where(
@@ -73,7 +78,7 @@ def rows_where(
     return np.array(matching, dtype=np.int64)
 
 
-def _condition(term: str, text: str) -> Condition:
+def _condition(term: str, text: str, fields: Sequence[str]) -> Condition:
     match = CONDITION.fullmatch(term)
     if match is None:
         raise OptionError(
@@ -81,10 +86,10 @@ def _condition(term: str, text: str) -> Condition:
             "FIELD~PATTERN, joined by and"
         )
     field = match["field"]
-    if field not in FIELDS:
+    if field not in fields:
         raise OptionError(
-            f"--where {text!r}: no field {field!r}; there are {', '.join(FIELDS)}"
-            f"{nearest(field, FIELDS)}"
+            f"--where {text!r}: no field {field!r}; there are {', '.join(fields)}"
+            f"{nearest(field, fields)}; apecache index --column NAME adds a column of the table"
         )
     operator: Operator = match["operator"]  # type: ignore[assignment]
     return Condition(field=field, operator=operator, value=match["value"].strip())

@@ -14,7 +14,7 @@ from tiny import COLORS, SHAPES, draw_shape
 from apecache.data.sources import open_pairs
 from apecache.data.spec import OpenSpec
 from apecache.encoders.spec import parse_encoder
-from apecache.errors import DataError
+from apecache.errors import DataError, ManifestError, OptionError
 from apecache.evaluate.embeddings import embed_store
 from apecache.extraction.additions import add_images, delete_images
 from apecache.extraction.run import ExtractReport, ExtractSpec, extract
@@ -243,3 +243,67 @@ def test_added_images_follow_the_rule_of_the_splits(
         assert after.splits[after.row_of_key[key]] == split
     for key, split in zip(before.keys, before.splits, strict=True):
         assert after.splits[after.row_of_key[str(key)]] == split
+
+
+def test_an_index_keeps_columns_of_the_table_for_conditions(
+    products: Path,
+    extract_table: Extract,
+    tmp_path: Path,
+) -> None:
+    header, *lines = products.read_text(encoding="utf-8").splitlines()
+    # The color is a column, and empty for one product.
+    priced = [
+        f"{line}\t{'' if '-0.png' in line else line.split('/')[1].split('-')[0]}" for line in lines
+    ]
+    table = write_rows(products, [f"{header}\tcolor", *priced])
+    extract_table(table, tmp_path / "store")
+    run = fit(tmp_path / "store", tmp_path / "run")
+    store = FeatureStore.open(tmp_path / "store")
+    build_index(run, store, tmp_path / "index", columns=["color"])
+    opened = SearchIndex.open(tmp_path / "index", device="cpu")
+    color = next(iter(COLORS))
+    hits = opened.find(Query(("a circle",)), k=50, where=f"color={color} and split=train")
+    assert hits
+    expected = {
+        row["key"] for row in read_rows(tmp_path / "index", "images") if row.get("color") == color
+    }
+    assert {hit.key for hit in hits} <= expected
+    assert len(opened.find(Query(("a circle",)), k=50, where="color=")) == 12
+    with pytest.raises(OptionError, match=r"no field 'colour'.*color.*--column NAME"):
+        opened.find(Query(("a circle",)), k=1, where="colour=red")
+
+
+def test_an_update_of_an_index_reads_its_columns_again(
+    products: Path,
+    extract_table: Extract,
+    tmp_path: Path,
+) -> None:
+    header, *lines = products.read_text(encoding="utf-8").splitlines()
+    table = write_rows(products, [f"{header}\tstate", *[f"{line}\told" for line in lines]])
+    extract_table(table, tmp_path / "store")
+    run = fit(tmp_path / "store", tmp_path / "run")
+    build_index(run, FeatureStore.open(tmp_path / "store"), tmp_path / "index", columns=["state"])
+    write_rows(table, [f"{header}\tstate", *[f"{line}\tnew" for line in lines[:-1]]])
+    extract_table(table, tmp_path / "store")
+    update_index(run, FeatureStore.open(tmp_path / "store"), tmp_path / "index")
+    rows = read_rows(tmp_path / "index", "images")
+    assert {row["state"] for row in rows} == {"new"}
+    assert len(rows) == len(lines) - 1
+
+
+def test_columns_that_cannot_be_kept_are_refused(
+    products: Path,
+    extract_table: Extract,
+    tmp_path: Path,
+) -> None:
+    extract_table(products, tmp_path / "store")
+    run = fit(tmp_path / "store", tmp_path / "run")
+    store = FeatureStore.open(tmp_path / "store")
+    for column, error, message in (
+        ("split", OptionError, "every row has it already"),
+        ("unit price", OptionError, "letters, digits and _"),
+        ("price", ManifestError, "--column"),
+    ):
+        with pytest.raises(error, match=message):
+            build_index(run, store, tmp_path / "index", columns=[column])
+    assert not (tmp_path / "index").exists()
