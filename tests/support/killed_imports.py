@@ -10,15 +10,14 @@ import json
 import os
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from apecache.store.import_features import import_features
 from apecache.store.import_spec import ImportSpec
-from benchmarks.reliability.injection.syscalls import Kill, intercepted, unsynced
+from benchmarks.reliability.injection.syscalls import Call, Kill, intercepted, unsynced
 from benchmarks.reliability.injection.tower import tree_digest
-
-CALLS = 150
-"""About as many system calls as change the folder of a store of the test."""
 
 
 def run_import(store: Path, source: Path) -> int:
@@ -39,16 +38,31 @@ def killed(store: Path, source: Path, kill: Kill) -> bool:
     return os.WIFSIGNALED(status)
 
 
+def count_calls(store: Path, source: Path) -> int:
+    """Return how many system calls of an import change the folder of its store."""
+    n_calls = 0
+
+    def count(_: Call, perform: Callable[..., Any]) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        return perform()
+
+    with intercepted(store, unsynced(count)):
+        run_import(store, source)
+    return n_calls
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     source = Path(sys.argv[2])
+    n_calls = count_calls(folder / "counted", source)
     chance = random.Random(int(sys.argv[4]))
     for number in range(int(sys.argv[3])):
         store = folder / str(number)
         n_kills = 0
         for _ in range(3):
             kill = Kill(
-                nth=chance.randrange(1, CALLS),
+                nth=chance.randrange(1, n_calls),
                 when=chance.choice(["before", "halfway", "after"]),
             )
             n_kills += killed(store, source, kill)
