@@ -78,12 +78,17 @@ class LocalFiles:
                 with self._explained(name):
                     temporaries[name] = stack.enter_context(self._temporary(name, buffers))
             yield functools.partial(self._put_staged, temporaries)
+            for name, temporary in temporaries.items():
+                with self._explained(name):
+                    os.unlink(temporary)
 
-    def _put_staged(self, temporaries: Mapping[str, Path], names: Iterable[str]) -> None:
+    def _put_staged(self, temporaries: dict[str, Path], names: Iterable[str]) -> None:
         paths = {name: self.path(name) for name in names}
         for name, path in paths.items():
             with self._explained(name):
                 os.replace(temporaries[name], path)
+                # What is left in there when the block ends was not put.
+                del temporaries[name]
         for folder in dict.fromkeys(path.parent for path in paths.values()):
             with self._explained(next(iter(paths))):
                 self._sync_folder(folder)
@@ -209,7 +214,7 @@ class LocalFiles:
 
     @contextlib.contextmanager
     def _temporary(self, name: str, buffers: Sequence[Buffer]) -> Iterator[Path]:
-        """Write a durable file beside the object's path; what is left of it is removed."""
+        """Write a durable file beside the object's path; an error of any kind removes it."""
         folder = self.path(name).parent
         self._make_folder(folder)
         temporary = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
@@ -225,10 +230,10 @@ class LocalFiles:
                 finally:
                     os.close(descriptor)
                 yield temporary
-            finally:
-                # It is gone if it was put in its place.
+            except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(temporary)
+                raise
 
     @contextlib.contextmanager
     def _locked(self, descriptor: int, how: int) -> Iterator[bool]:

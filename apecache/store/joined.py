@@ -31,6 +31,11 @@ class JoinedArray(FeatureArray):
     """The arrays, in order."""
 
     @property
+    def rows(self) -> int:
+        # Of a view, which may show a stored row twice; the record counts stored rows.
+        return self.arrays[0].rows
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Return the width of each array's features."""
         return tuple(array.dim for array in self.arrays)

@@ -232,8 +232,8 @@ MUTATIONS = (
     Mutation(
         name="removal after an error",
         file=LOCAL,
-        old="            finally:\n                # It is gone",
-        new="            except ZeroDivisionError:\n                # It is gone",
+        old="            except BaseException:\n",
+        new="            except ZeroDivisionError:\n",
         test=f"{PUT}test_an_interrupt_leaves_no_temporary_file",
     ),
     Mutation(

@@ -208,3 +208,28 @@ def test_a_process_forked_by_the_holder_does_not_keep_the_folder(tmp_path: Path)
     os.waitpid(child, 0)
     thread.join()
     assert free
+
+
+def test_what_was_staged_and_not_put_is_removed(tmp_path: Path) -> None:
+    files = LocalFiles(tmp_path / "store")
+    files.write("a/x", b"old")
+    with files.stage({"a/x": (b"new",), "b/y": (b"1", b"2"), "b/z": (b"3",)}) as put:
+        assert files.read("a/x") == b"old"
+        assert not files.exists("b/y")
+        put(["b/y"])
+        assert files.read("b/y") == b"12"
+    assert everything(tmp_path) == ["store/a/x", "store/b/y"]
+    assert files.read("a/x") == b"old"
+
+
+def test_an_error_removes_what_was_staged(tmp_path: Path) -> None:
+    files = LocalFiles(tmp_path / "store")
+
+    def interrupted() -> None:
+        with files.stage({"x": (b"1",), "y": (b"2",)}) as put:
+            put(["x"])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert everything(tmp_path) == ["store/x"]

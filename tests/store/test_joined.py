@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from apecache.errors import OptionError, StoreError
+from apecache.store.gather import ViewArray
+from apecache.store.joined import join_arrays
 from apecache.store.reader import FeatureStore
 
 ROWS = 23
@@ -71,6 +73,33 @@ def test_blocks_are_the_rows_of_load(store: FeatureStore) -> None:
     assert np.array_equal(rows, np.arange(len(rows)))
     features = np.concatenate([features for _, features in blocks])
     assert np.array_equal(features, joined.load(), equal_nan=True)
+
+
+@pytest.mark.parametrize("n_extra", [2, -3])
+def test_arrays_of_a_view_with_more_or_fewer_rows_are_joined(
+    store: FeatureStore,
+    n_extra: int,
+) -> None:
+    index = np.resize(np.arange(ROWS)[::-1], ROWS + n_extra)
+    singles = [store.array("image", name) for name in ("a", "b")]
+    of_view = [
+        # `load` needs no view.
+        ViewArray(
+            files=array.files,
+            record=array.record,
+            view=None,  # type: ignore[arg-type]
+            index=index,
+        )
+        for array in singles
+    ]
+    joined = join_arrays(of_view)
+    assert joined.rows == len(index)
+    expected = join_arrays(singles).load()[index]
+    assert np.array_equal(joined.load(), expected, equal_nan=True)
+    blocks = list(joined.load_shards())
+    assert sum(len(rows) for rows, _ in blocks) == len(index)
+    ok = join_arrays(singles).load_ok()[index]
+    assert np.array_equal(joined.load_ok(), ok)
 
 
 def test_the_identity_depends_on_the_encoders_and_their_order(store: FeatureStore) -> None:
