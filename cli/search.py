@@ -63,6 +63,7 @@ def index(
         typer.Option(
             metavar="NAME",
             help="Keep a column of the table, for search --where NAME=VALUE. Repeatable.",
+            rich_help_panel=ADVANCED,
         ),
     ] = None,
     update: Annotated[

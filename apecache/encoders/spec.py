@@ -68,7 +68,8 @@ class EncoderSpec:
     @property
     def folder(self) -> Path | None:
         """Return the local folder, if the name is one (absolute, `./`, `../`, `~`, or existing)."""
-        if self.is_imported:
+        # No path has a zero byte, and the system's functions raise ValueError for one.
+        if self.is_imported or "\0" in self.name:
             return None
         path = os.path.expanduser(self.name)
         return Path(path) if looks_local(self.name) or os.path.isdir(path) else None

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from apecache.encoders.spec import EncoderSpec, parse_encoder
@@ -155,6 +155,7 @@ def test_the_slug_is_never_hidden_empty_or_long(name: str, slug: str) -> None:
 
 
 @settings(max_examples=200, deadline=None)
+@example(name="~\0", library="timm")
 @given(name=st.text(min_size=1), library=st.sampled_from(["timm", "hf"]))
 def test_whatever_the_name_the_slug_is_a_safe_name_of_a_folder(name: str, library: str) -> None:
     slug = EncoderSpec(library, name, "image").slug
