@@ -147,8 +147,10 @@ def run_suite(
     kept_results = _read(results, digest)
     if program in SAME_PROGRAM:
         shared_results = _read(run / FOLDER / f"{SAME_PROGRAM[program]}.json", digest)
-        for name in jobs.keys() & shared_results.keys():
-            kept_results.setdefault(name, shared_results[name])
+        # In the order of the data sets, which a set of names would not keep.
+        for name in jobs:
+            if name in shared_results:
+                kept_results.setdefault(name, shared_results[name])
     models = _Models(run, spec)
     rows: dict[str, SuiteRow] = {}
     for name, job in jobs.items():
