@@ -72,11 +72,7 @@ class LocalFiles:
 
     @contextlib.contextmanager
     def stage(self, objects: Mapping[str, Sequence[Buffer]]) -> Iterator[PutStaged]:
-        with contextlib.ExitStack() as stack:
-            temporaries: dict[str, Path] = {}
-            for name, buffers in objects.items():
-                with self._explained(name):
-                    temporaries[name] = stack.enter_context(self._temporary(name, buffers))
+        with self._temporaries(objects) as temporaries:
             yield functools.partial(self._put_staged, temporaries)
             for name, temporary in temporaries.items():
                 with self._explained(name):
@@ -108,7 +104,8 @@ class LocalFiles:
                 return False
 
     def _link_if_absent(self, name: str, buffers: Sequence[Buffer]) -> bool:
-        with self._temporary(name, buffers) as temporary:
+        with self._temporaries({name: buffers}) as temporaries:
+            temporary = temporaries[name]
             put = True
             # `link`, and not `rename`, fails if another writer was first. That writer may have been
             # killed before its entry was durable, so the folder is synced in either case.
@@ -213,27 +210,33 @@ class LocalFiles:
             return []
 
     @contextlib.contextmanager
-    def _temporary(self, name: str, buffers: Sequence[Buffer]) -> Iterator[Path]:
-        """Write a durable file beside the object's path; an error of any kind removes it."""
-        folder = self.path(name).parent
-        self._make_folder(folder)
-        temporary = folder / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
+    def _temporaries(self, objects: Mapping[str, Sequence[Buffer]]) -> Iterator[dict[str, Path]]:
+        """Write durable files beside the objects' paths; an error of any kind removes them.
+
+        Yields the file of each name that is still a temporary one.
+        """
+        temporaries: dict[str, Path] = {}
+        with self._explained(next(iter(objects), ".")):
+            self._make_folder(self.root)
+            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         # All writers share this lock. So whoever holds it exclusively knows that every temporary
-        # file belongs to a dead writer.
-        with self._locked(os.open(self.root, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_SH):
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        # file belongs to a dead writer. One for all: a table may have a thousand objects.
+        with self._locked(descriptor, fcntl.LOCK_SH):
             try:
-                try:
-                    for buffer in buffers:
-                        _write_full(descriptor, memoryview(buffer).cast("B"))
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-                yield temporary
+                for name, buffers in objects.items():
+                    with self._explained(name):
+                        self._make_folder(self.path(name).parent)
+                        temporaries[name] = self._temporary_path(name)
+                        _write_new(temporaries[name], buffers)
+                yield temporaries
             except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+                for temporary in temporaries.values():
+                    with contextlib.suppress(OSError):
+                        os.unlink(temporary)
                 raise
+
+    def _temporary_path(self, name: str) -> Path:
+        return self.path(name).parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
 
     @contextlib.contextmanager
     def _locked(self, descriptor: int, how: int) -> Iterator[bool]:
@@ -332,6 +335,17 @@ def _size(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return os.lstat(path).st_size
+
+
+def _write_new(path: Path, buffers: Sequence[Buffer]) -> None:
+    """Write a new file that survives a power cut, but for its name."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        for buffer in buffers:
+            _write_full(descriptor, memoryview(buffer).cast("B"))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_full(descriptor: int, view: memoryview) -> None:

@@ -1,4 +1,5 @@
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -145,12 +146,9 @@ def test_what_killed_writers_left_is_removed_but_not_while_somebody_writes(tmp_p
     for folder in ("", "a", "a/deep", "other"):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / f"{TEMPORARY}1-00").write_bytes(b"")
-    with files._temporary("a/y", [b"2"]):
+    with files.stage({"a/y": [b"2"]}):
         LocalFiles(tmp_path).remove_temporary("a")
         assert len(everything(tmp_path)) == 7
-        os.unlink(
-            next(path for path in (tmp_path / "a").iterdir() if str(os.getpid()) in path.name)
-        )
     files.remove_temporary("a")
     assert everything(tmp_path) == ["a/x", f"other/{TEMPORARY}1-00", "other/z"]
 
@@ -233,3 +231,18 @@ def test_an_error_removes_what_was_staged(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert everything(tmp_path) == ["store/x"]
+
+
+def test_many_staged_objects_need_few_open_files(tmp_path: Path) -> None:
+    files = LocalFiles(tmp_path / "store")
+    objects = {f"a/{number}": (b"1",) for number in range(200)}
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 50, hard))
+    try:
+        with files.stage(objects) as put:
+            put(objects)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(everything(tmp_path)) == len(objects)
