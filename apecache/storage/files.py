@@ -81,7 +81,7 @@ class Files(Protocol):
         """Remove one object, durably, if it is there."""
 
     def remove_folder(self, folder: str) -> None:
-        """Remove everything below a folder."""
+        """Remove a folder with everything below it, durably; what cannot be removed stays."""
 
     def remove_temporary(self, *folders: str) -> None:
         """Remove the temporary files of killed writers in the root and anywhere below `folders`."""

@@ -186,7 +186,12 @@ class LocalFiles:
                 self._sync_folder(self.path(name).parent)
 
     def remove_folder(self, folder: str) -> None:
-        shutil.rmtree(self.path(folder), ignore_errors=True)
+        path = self.path(folder)
+        shutil.rmtree(path, ignore_errors=True)
+        # Also if the folder was gone: its removal may not have been durable.
+        if path.parent.is_dir():
+            with self._explained(folder):
+                self._sync_folder(path.parent)
 
     def exists(self, name: str) -> bool:
         return self.path(name).is_file()

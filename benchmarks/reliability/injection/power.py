@@ -3,7 +3,7 @@ system calls.
 
 The model is the weakest that POSIX allows, weaker than any file system in use:
 
-- A folder's entries (made by open, mkdir, link, replace, unlink) are durable only after fsync of that folder. Of those
+- A folder's entries (changed by open, mkdir, rmdir, link, replace, unlink) are durable only after fsync of that folder. Of those
   changed since, any subset may have reached the disk, in any order; one replace is atomic.
 - A file's bytes are durable only after fsync of the file. Of one written since, the entry may point to all of them, to
   the bytes of the last fsync, to none, to zeros, or to the first half.
@@ -142,7 +142,7 @@ class Disk:
                 self._node(parent).change(
                     {name: self._node(call.source), call.source.rpartition("/")[2]: None}
                 )
-            case "unlink":
+            case "unlink" | "rmdir":
                 self._node(parent).change({name: None})
 
     def _node(self, path: str) -> Node:
@@ -359,7 +359,9 @@ def cut_removal(folder: Path, spec: TowerSpec, make: MakeFiles = LocalFiles) -> 
         files = make(folder / "store")
         files.write("a/x", b"1")
         files.write("a/y", b"2")
+        files.write("b/c/z", b"3")
         files.remove("a/x")
+        files.remove_folder("b")
     for state in disk.states(chance):
         result.states += 1
         if state != {"store/a/y": b"2"}:

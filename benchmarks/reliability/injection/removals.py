@@ -10,8 +10,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -175,17 +174,6 @@ def removal_kills(towers: Towers, folder: Path, count: int, seed: int) -> Remova
     return result
 
 
-@contextmanager
-def seen_removals() -> Iterator[None]:
-    """Let `shutil.rmtree` remove by paths, so that what intercepts calls sees each of them."""
-    by_descriptor = shutil._use_fd_functions  # type: ignore[attr-defined]
-    shutil._use_fd_functions = False  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        shutil._use_fd_functions = by_descriptor  # type: ignore[attr-defined]
-
-
 def removal_cuts(folder: Path, resumes: int, seed: int) -> PowerResult:
     """Cut the power after calls that are drawn; examine a state of each that is drawn, too."""
     promise = prepared(folder / "store")
@@ -228,7 +216,7 @@ def _calls_of_act(
     """Take the steps on `folder`/store, and call `moment` after each system call; count them."""
     trace = Trace(disk=_written(before), moment=lambda _: None)
     trace.moment = lambda _: moment(trace)
-    with seen_removals(), intercepted(folder, unsynced(trace)):
+    with intercepted(folder, unsynced(trace)):
         act(LocalFiles(folder / "store"))
     return trace.calls
 
@@ -268,7 +256,7 @@ def removal_errors(folder: Path, step: int = 1) -> RemovalResult:
         fail = Fail(nth=nth)
         error: Exception | None = None
         try:
-            with seen_removals(), intercepted(folder, unsynced(fail)):
+            with intercepted(folder, unsynced(fail)):
                 act(LocalFiles(store))
         except Exception as caught:
             error = caught

@@ -7,6 +7,7 @@ Only the process under test is touched, and only below one folder; the product h
 import errno
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """`op` is open (of a new file), write, fsync, close, replace, link, unlink or mkdir; paths are
+    """`op` is open (of a new file), write, fsync, close, replace, link, unlink, mkdir or rmdir; paths are
     relative to the folder that is watched. `source` is where a replace or link comes from; `data`
     is what a write writes."""
 
@@ -31,17 +32,16 @@ Around = Callable[[Call, Callable[..., Any]], Any]
 """Is given a call and a function that performs it (for a write: or, given a number, so many bytes
 of it); what it returns or raises is what the product sees."""
 
-CHANGING = ("mkdir", "open", "write", "fsync", "replace", "link", "unlink")
+CHANGING = ("mkdir", "open", "write", "fsync", "replace", "link", "unlink", "rmdir")
 
 
 @contextmanager
 def intercepted(base: Path, around: Around) -> Iterator[None]:
     """Send the calls of `CHANGING` that concern `base` or anything below it through `around`.
     `base` is absolute."""
-    real = {
-        name: getattr(os, name)
-        for name in ("open", "close", "write", "fsync", "replace", "link", "unlink", "mkdir")
-    }
+    real = {name: getattr(os, name) for name in ("close", *CHANGING)}
+    # `shutil.rmtree` removes by descriptors where it can, and its calls would not be seen.
+    by_descriptor = shutil._use_fd_functions  # type: ignore[attr-defined]
     opened: dict[int, str] = {}
     top = os.path.abspath(base)
 
@@ -105,15 +105,18 @@ def intercepted(base: Path, around: Around) -> Iterator[None]:
     changed = {"open": open_, "close": close, "write": write, "fsync": fsync}
     changed |= {
         "mkdir": one("mkdir"),
+        "rmdir": one("rmdir"),
         "unlink": one("unlink"),
         "replace": two("replace"),
         "link": two("link"),
     }
     try:
+        shutil._use_fd_functions = False  # type: ignore[attr-defined]
         for name, function in changed.items():
             setattr(os, name, function)
         yield
     finally:
+        shutil._use_fd_functions = by_descriptor  # type: ignore[attr-defined]
         for name, function in real.items():
             setattr(os, name, function)
 

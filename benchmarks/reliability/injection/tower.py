@@ -469,9 +469,9 @@ def _run(request: dict[str, Any]) -> list[str]:
     kill = Kill(**request["kill"]) if request.get("kill") else None
     if request.get("removal"):
         # Imported here: that module imports this one.
-        from benchmarks.reliability.injection.removals import act_at, seen_removals
+        from benchmarks.reliability.injection.removals import act_at
 
-        with seen_removals(), intercepted(Path(store).parent, unsynced(kill)):
+        with intercepted(Path(store).parent, unsynced(kill)):
             return act_at(store)
     if request.get("unsynced") or kill:
         store = Path(store)
