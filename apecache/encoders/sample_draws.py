@@ -35,17 +35,18 @@ class SampleDraws(TorchFunctionMode):
 
     Args:
         seed: of the step; every step needs another one.
-        samples: numbers of the samples in the whole batch. The first dimension of every tensor that
-            is drawn for has this length, or k times this length with the k rows of a sample one
-            after another.
+        samples: numbers of the samples in the whole batch, in any order. The first dimension of
+            every tensor that is drawn for has this length, or k times this length with the k rows
+            of a sample one after another.
         n_draws: how many draws of the forward pass came before.
     """
 
-    def __init__(self, seed: int, samples: range, n_draws: int = 0) -> None:
+    def __init__(self, seed: int, samples: Sequence[int], n_draws: int = 0) -> None:
         super().__init__()
         self.seed = seed
         self.samples = samples
         self.n_draws = n_draws
+        self._row_numbers: dict[tuple[int, torch.device], Tensor] = {}
         self._tokens: list[Token[SampleDraws | None]] = []
 
     def __enter__(self) -> "SampleDraws":
@@ -102,11 +103,8 @@ class SampleDraws(TorchFunctionMode):
         if len(shape) < 2 or shape[0] % len(self.samples):
             return None
         self.n_draws += 1
-        rows_per_sample = shape[0] // len(self.samples)
-        first_row = rows_per_sample * self.samples.start
-        last_row = rows_per_sample * self.samples.stop
         key = torch.tensor(_signed(self.seed + self.n_draws * GOLDEN), device=device)
-        rows = torch.arange(first_row + 1, last_row + 1, device=device)
+        rows = self._rows(shape[0] // len(self.samples), device)
         key = _mix(_mix(key) + GOLDEN * rows)
         n_words = -(-shape[-1] // LANES)
         # One dimension after the other: a position's word does not depend on the sizes, so
@@ -115,6 +113,15 @@ class SampleDraws(TorchFunctionMode):
             positions = torch.arange(1, size + 1, device=device)
             key = _mix(key.unsqueeze(-1) + GOLDEN * positions)
         return key
+
+    def _rows(self, rows_per_sample: int, device: torch.device) -> Tensor:
+        """Number the rows of the samples in the whole batch, from 1."""
+        # Kept: every draw of a forward pass needs them, and on a GPU making them is a copy.
+        if (rows_per_sample, device) not in self._row_numbers:
+            first_rows = torch.tensor(self.samples).unsqueeze(1) * rows_per_sample
+            rows = (first_rows + torch.arange(1, rows_per_sample + 1)).flatten()
+            self._row_numbers[rows_per_sample, device] = rows.to(device)
+        return self._row_numbers[rows_per_sample, device]
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

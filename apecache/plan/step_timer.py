@@ -271,7 +271,7 @@ class StepTimer:
         # On the CPU, as the trainer has them: moving a batch to the device belongs to a step.
         return TokenInputs(
             features=torch.randn(count, *shape).half(),
-            lengths=lengths,
+            n_valid=lengths,
             device=self.device,
         )
 

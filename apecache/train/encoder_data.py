@@ -380,7 +380,7 @@ def open_inputs(
             return CachedInputs(features=source.features, device=device)
         return TokenInputs(
             features=source.features,
-            lengths=source.lengths,
+            n_valid=source.lengths,
             device=device,
         )
     if isinstance(encoder, TextEncoder):

@@ -3,7 +3,7 @@
 Slices need little memory. One process or several compute them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -14,8 +14,9 @@ from apecache.encoders.sample_draws import SampleDraws
 from apecache.errors import OptionError
 from apecache.train.ranks import ALONE, Ranks
 
-Encode = Callable[[range], tuple[Tensor, Tensor]]
-"""Embed positions of the batch: [n, dim] for the images, [n * k, dim] for the k texts of each."""
+Encode = Callable[[Sequence[int]], tuple[Tensor, Tensor]]
+"""Embed positions of the batch, in the order given: [n, dim] for the images, [n * k, dim] for the k
+texts of each."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Compute the scalar loss of the embeddings of a whole batch."""
 
@@ -25,6 +26,7 @@ def backward_in_slices(
     loss: Loss,
     n: int,
     slice_size: int | None = None,
+    lengths: Sequence[int] | None = None,
     ranks: Ranks = ALONE,
     device: torch.device = CPU,
 ) -> Tensor:
@@ -46,6 +48,7 @@ def backward_in_slices(
         loss: Computes the loss of the batch's embeddings.
         n: Images in the batch.
         slice_size: Images in a slice; None: the share of this process.
+        lengths: Of each position, the length that `encode` pads to, [n]; see `slices_of`.
         ranks: Processes that work on the batch.
         device: Device of the towers.
 
@@ -56,7 +59,8 @@ def backward_in_slices(
         OptionError: There are several slices or processes, and a layer draws random numbers
             otherwise than by sample.
     """
-    own_slices = slices_of(ranks.shares(n)[ranks.rank], slice_size)
+    share = ranks.shares(n)[ranks.rank]
+    own_slices = slices_of(share, slice_size, lengths)
     seed = int(torch.randint(2**62, ()))
     whole_batch = len(own_slices[0]) == n
     encode_seeded = partial(
@@ -69,10 +73,8 @@ def backward_in_slices(
     # Several slices are encoded without a graph here, and with one in the second pass below.
     with torch.set_grad_enabled(len(own_slices) == 1):
         slice_embeddings = [encode_seeded(positions) for positions in own_slices]
-    begin = own_slices[0].start
-    share = own_slices[-1].stop - own_slices[0].start
     leaves = [
-        _whole(side, begin=begin, share=share, n=n, ranks=ranks)
+        gather_slices(side, own_slices, share=share, n=n, ranks=ranks).requires_grad_()
         for side in zip(*slice_embeddings, strict=True)
     ]
     value = loss(leaves[0], leaves[1])
@@ -86,27 +88,65 @@ def backward_in_slices(
     return value.detach()
 
 
-def slices_of(share: range, size: int | None) -> list[range]:
-    """Cut a share into slices of at most `size` positions."""
+def slices_of(
+    share: range,
+    size: int | None,
+    lengths: Sequence[int] | None = None,
+) -> list[Sequence[int]]:
+    """Cut a share into slices of at most `size` positions.
+
+    Several slices are cut by length: a slice of similar lengths is padded least, and the result is
+    the same whatever the order (`apecache.encoders.sample_draws`).
+
+    Args:
+        share: Positions of this process.
+        size: Positions in a slice; None: all of them.
+        lengths: Of each position of the batch, the length of its input, [n]; None: all alike.
+    """
     step = size or len(share)
-    return [
-        range(begin, min(begin + step, share.stop))
-        for begin in range(share.start, share.stop, step)
-    ]
+    order: Sequence[int] = share
+    if lengths is not None and step < len(share):
+        order = sorted(share, key=lengths.__getitem__)
+    return [order[begin : begin + step] for begin in range(0, len(share), step)]
 
 
-def _whole(side: tuple[Tensor, ...], begin: int, share: int, n: int, ranks: Ranks) -> Tensor:
-    """Gather all embeddings of a side, [n * k, dim], as one leaf of the loss."""
-    own_rows = torch.cat([embedded.detach() for embedded in side])
-    rows_per_image = len(own_rows) // share
-    gathered = ranks.gathered(own_rows, begin * rows_per_image, n * rows_per_image)
-    return gathered.detach().requires_grad_()
+def gather_slices(
+    embedded: Sequence[Tensor],
+    slices: Sequence[Sequence[int]],
+    share: range,
+    n: int,
+    ranks: Ranks,
+) -> Tensor:
+    """Gather the embeddings of all slices and processes, without gradients.
+
+    Args:
+        embedded: Embeddings of each slice of this process, [positions * k, dim].
+        slices: Positions of each slice.
+        share: Positions of this process.
+        n: Positions of all processes.
+        ranks: Processes that work on the batch.
+
+    Returns:
+        [n * k, dim], in the order of the positions.
+    """
+    encoded_rows = torch.cat([rows.detach() for rows in embedded])
+    rows_per_position = len(encoded_rows) // len(share)
+    positions = [position - share.start for slice_ in slices for position in slice_]
+    own_rows = torch.empty_like(encoded_rows)
+    own_rows[_rows_of(positions, rows_per_position, own_rows.device)] = encoded_rows
+    return ranks.gathered(own_rows, share.start * rows_per_position, n * rows_per_position)
+
+
+def _rows_of(positions: Sequence[int], rows_per_position: int, device: torch.device) -> Tensor:
+    """Return the rows of these positions, int64 [positions * rows_per_position]."""
+    first_rows = torch.tensor(positions).unsqueeze(1) * rows_per_position
+    return (first_rows + torch.arange(rows_per_position)).flatten().to(device)
 
 
 def _go_back(
     embedded: tuple[Tensor, Tensor],
     side_leaves: list[Tensor],
-    slice_positions: range,
+    slice_positions: Sequence[int],
     ranks: Ranks,
 ) -> None:
     """Send the gradients of a slice's embeddings back through the towers.
@@ -121,12 +161,11 @@ def _go_back(
     gradients = []
     for end, leaf in zip(embedded, side_leaves, strict=True):
         rows_per_image = len(end) // len(slice_positions)
-        first_row = slice_positions.start * rows_per_image
-        end_row = slice_positions.stop * rows_per_image
         # A frozen side has no graph.
         if end.requires_grad and leaf.grad is not None:
             ends.append(end)
-            gradients.append(leaf.grad[first_row:end_row] * ranks.size)
+            rows = _rows_of(slice_positions, rows_per_image, leaf.device)
+            gradients.append(leaf.grad[rows] * ranks.size)
     # One call for both sides: they may share parts of a graph.
     if ends:
         torch.autograd.backward(ends, gradients)
@@ -134,7 +173,7 @@ def _go_back(
 
 def _seeded(
     encode: Encode,
-    slice_positions: range,
+    slice_positions: Sequence[int],
     seed: int,
     whole_batch: bool,
     device: torch.device,

@@ -37,6 +37,9 @@ class Inputs(Protocol):
             [n, length, dim]; and the mask of valid tokens [n, length], or None.
         """
 
+    def lengths(self, rows: Sequence[int]) -> list[int] | None:
+        """Return the tokens of each of these rows, to which `take` pads; None: all are alike."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CachedInputs:
@@ -56,6 +59,9 @@ class CachedInputs:
             taken = send(taken, self.device)
         return taken.float(), None
 
+    def lengths(self, rows: Sequence[int]) -> None:
+        """Return None: features are not padded."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenInputs:
@@ -63,7 +69,7 @@ class TokenInputs:
 
     features: Tensor
     """[rows, tokens, dim], on the host."""
-    lengths: Tensor | None
+    n_valid: Tensor | None
     """int64 [rows], number of valid tokens; None: all are valid."""
     device: torch.device
     """Device of the tower."""
@@ -71,14 +77,18 @@ class TokenInputs:
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return tokens [n, length, dim], float32, cut to the longest row, and their mask."""
         index = torch.tensor(rows)
-        if self.lengths is None:
+        if self.n_valid is None:
             return self.features[index].to(self.device).float(), None
-        lengths = self.lengths[index]
+        lengths = self.n_valid[index]
         longest = int(lengths.max())
         mask = (torch.arange(longest) < lengths.unsqueeze(1)).long()
         # Cast on the device: tokens that are stored in float16 are half the bytes to send.
         tokens = self.features[index, :longest].to(self.device).float()
         return tokens, mask.to(self.device)
+
+    def lengths(self, rows: Sequence[int]) -> list[int] | None:
+        """Return the valid tokens of each row."""
+        return None if self.n_valid is None else self.n_valid[torch.tensor(rows)].tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +108,10 @@ class TextInputs:
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return token ids and their mask, both [n, length], padded to the longest row."""
         return self.encoder.pad([self.ids[row] for row in rows])
+
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Return the tokens of each row."""
+        return [len(self.ids[row]) for row in rows]
 
 
 ReadKey = tuple[int, int | None, int]
@@ -203,6 +217,9 @@ class ImageInputs:
         pixels = [future.result() for future in futures]
         self.reader.forget(keys)
         return send(torch.stack(pixels), self.device), None
+
+    def lengths(self, rows: Sequence[int]) -> None:
+        """Return None: images are not padded."""
 
     def _keys(self, rows: Sequence[int]) -> list[ReadKey]:
         captions: Sequence[int | None] = self.captions or [None for _ in rows]

@@ -20,7 +20,7 @@ from apecache.recipes.recipe import Recipe
 from apecache.train.batches import Batch, FeaturePairs
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit import Fit
-from apecache.train.grad_cache import backward_in_slices, slices_of
+from apecache.train.grad_cache import backward_in_slices, gather_slices, slices_of
 from apecache.train.live import ImageInputs, Inputs
 from apecache.train.ranks import Ranks
 
@@ -58,7 +58,7 @@ class EncoderFit(Fit[EncoderModel]):
         slices = self._slices(rows)
         upcoming = iter([*slices[1:], *(slices if len(slices) > 1 else [])])
 
-        def encode(positions: range) -> tuple[Tensor, Tensor]:
+        def encode(positions: Sequence[int]) -> tuple[Tensor, Tensor]:
             image_inputs, image_rows = self._images(rows, positions)
             pixels = image_inputs.take(image_rows)
             # The next slice is read while this one is computed; after the last one, the next batch.
@@ -82,6 +82,7 @@ class EncoderFit(Fit[EncoderModel]):
                 loss=loss,
                 n=len(rows.images),
                 slice_size=self.spec.slice_size,
+                lengths=self._lengths(rows),
                 ranks=self.ranks,
                 device=self.device,
             )
@@ -95,21 +96,29 @@ class EncoderFit(Fit[EncoderModel]):
             yield batch
             batch = following
 
-    def _slices(self, rows: "_Rows") -> list[range]:
+    def _slices(self, rows: "_Rows") -> list[Sequence[int]]:
         """Return the positions of a batch that this process encodes, slice by slice."""
         share = self.ranks.shares(len(rows.images))[self.ranks.rank]
-        return slices_of(share, self.spec.slice_size)
+        return slices_of(share, self.spec.slice_size, self._lengths(rows))
 
-    def _images(self, rows: "_Rows", positions: range) -> tuple[Inputs, list[int]]:
+    def _lengths(self, rows: "_Rows") -> list[int] | None:
+        """Return the length of the longest text of each position; None: all are alike."""
+        lengths = self.seen[1].lengths(rows.texts)
+        if lengths is None:
+            return None
+        per_image = len(lengths) // len(rows.images)
+        return [max(lengths[row : row + per_image]) for row in range(0, len(lengths), per_image)]
+
+    def _images(self, rows: "_Rows", positions: Sequence[int]) -> tuple[Inputs, list[int]]:
         """Return the image inputs as training sees them, and the rows of these positions."""
         inputs = self.seen[0]
         if isinstance(inputs, ImageInputs):
             # `epoch` counts the epochs that are done; the views are those of the present one.
             captions = rows.texts_of(positions) if self.recipe.schedule.epoch == "pairs" else ()
             inputs = replace(inputs, epoch=self.epoch + 1, captions=captions)
-        return inputs, rows.images[positions.start : positions.stop]
+        return inputs, [rows.images[position] for position in positions]
 
-    def _read(self, rows: "_Rows", positions: range) -> None:
+    def _read(self, rows: "_Rows", positions: Sequence[int]) -> None:
         """Begin to read the images of these positions."""
         inputs, image_rows = self._images(rows, positions)
         if isinstance(inputs, ImageInputs):
@@ -145,19 +154,22 @@ class EncoderFit(Fit[EncoderModel]):
 
     def _embed(self, side: Side | SharedSide, source: Inputs, rows: Sequence[int]) -> Tensor:
         """Return the embeddings of these rows, [n, dim], each process encoding its share."""
-        rank_share = self.ranks.shares(len(rows))[self.ranks.rank]
-        batches = []
-        for begin in rank_share[::EVALUATION_BATCH]:
-            end = min(begin + EVALUATION_BATCH, rank_share.stop)
-            batches.append(rows[begin:end])
+        share = self.ranks.shares(len(rows))[self.ranks.rank]
+        batches = slices_of(share, EVALUATION_BATCH, source.lengths(rows))
         embedded_batches: list[Tensor] = []
         for batch, following in zip(batches, [*batches[1:], []], strict=True):
-            inputs = source.take(batch)
+            inputs = source.take([rows[position] for position in batch])
             if isinstance(source, ImageInputs):
-                source.read_ahead(following)
+                source.read_ahead([rows[position] for position in following])
             with self._autocast():
                 embedded_batches.append(side(*inputs).float())
-        return self.ranks.gathered(torch.cat(embedded_batches), rank_share.start, len(rows))
+        return gather_slices(
+            embedded_batches,
+            slices=batches,
+            share=share,
+            n=len(rows),
+            ranks=self.ranks,
+        )
 
     def _autocast(self) -> Any:
         """Return the context in which the towers compute."""
@@ -185,10 +197,13 @@ class _Rows:
     def of(batch: Batch) -> "_Rows":
         return _Rows(images=batch.image.tolist(), texts=batch.text.tolist())
 
-    def texts_of(self, positions: range) -> list[int]:
+    def texts_of(self, positions: Sequence[int]) -> list[int]:
         """Return the texts of the images at these positions."""
         per_image = len(self.texts) // len(self.images)
-        return self.texts[positions.start * per_image : positions.stop * per_image]
+        texts: list[int] = []
+        for position in positions:
+            texts += self.texts[position * per_image : (position + 1) * per_image]
+        return texts
 
 
 def image_views(

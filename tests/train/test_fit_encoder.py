@@ -36,7 +36,7 @@ from apecache.train import encoder_setup as module
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
-from apecache.train.live import ImageInputs
+from apecache.train.live import ImageInputs, TextInputs
 from apecache.train.optim import parameter_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -947,3 +947,38 @@ def test_images_are_read_while_the_slice_before_is_computed(
             *[True] * (n_takes - 1),
         ]
     assert len(asked) == 2 * (n_takes - 1)
+
+
+def test_a_slice_has_texts_of_similar_lengths(
+    data: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that least is padded, in training and on dev."""
+    ranges: list[int] = []
+    real_of = TextInputs.of
+    real_take = TextInputs.take
+
+    def of(encoder: Any, captions: Any) -> TextInputs:
+        inputs = real_of(encoder, captions)
+        ids = [row[: 1 + number % 5] for number, row in enumerate(inputs.ids)]
+        return replace(inputs, ids=ids)
+
+    def take(inputs: TextInputs, rows: Any) -> Any:
+        lengths = [len(inputs.ids[row]) for row in rows]
+        ranges.append(max(lengths) - min(lengths))
+        return real_take(inputs, rows)
+
+    monkeypatch.setattr(TextInputs, "of", staticmethod(of))
+    monkeypatch.setattr(TextInputs, "take", take)
+    monkeypatch.setattr("apecache.train.tower_fit.EVALUATION_BATCH", 3)
+    store, open_image = data
+    fit_encoder(
+        store,
+        recipe=recipe_of("lit", "schedule.epochs=1"),
+        out=tmp_path,
+        spec=FitEncoderSpec(**SPEC, slice_size=3),
+        open_image=open_image,
+    )
+    # Three drawn lengths of 1 to 5 are 2.4 apart in the mean.
+    assert sum(ranges) / len(ranges) < 1.5

@@ -1,6 +1,8 @@
 """Slices: the gradients of the whole batch, whatever the slices, the dropout and the side that is
 cached."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from small_towers import pictures, small_bert, small_vit
@@ -11,7 +13,7 @@ from apecache.errors import OptionError
 from apecache.losses.contrastive import Groups
 from apecache.losses.registry import build_temperature, contrast
 from apecache.losses.spec import LossSpec
-from apecache.train.grad_cache import backward_in_slices
+from apecache.train.grad_cache import backward_in_slices, slices_of
 
 N = 256
 
@@ -40,10 +42,10 @@ class Pair(nn.Module):
             Groups(image=own, text=own.repeat_interleave(captions)) if captions > 1 else None
         )
 
-    def encode(self, part: range) -> tuple[Tensor, Tensor]:
-        rows = slice(part.start, part.stop)
-        ids = self.ids[part.start * self.captions : part.stop * self.captions]
-        sides = self.image(self.pixels[rows]), self.text(ids, torch.ones_like(ids))
+    def encode(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor(positions)
+        ids = self.ids.view(N, self.captions, -1)[index].flatten(0, 1)
+        sides = self.image(self.pixels[index]), self.text(ids, torch.ones_like(ids))
         first, second = (nn.functional.normalize(side, dim=-1) for side in sides)
         self.calls.append((first.detach(), second.detach()))
         return first, second
@@ -57,9 +59,19 @@ class Pair(nn.Module):
             spec=LossSpec(kind=self.kind),
         )
 
-    def run(self, slice_size: int | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(
+        self,
+        slice_size: int | None,
+        lengths: list[int] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         self.zero_grad()
-        value = backward_in_slices(self.encode, loss=self.loss, n=N, slice_size=slice_size)
+        value = backward_in_slices(
+            self.encode,
+            loss=self.loss,
+            n=N,
+            slice_size=slice_size,
+            lengths=lengths,
+        )
         return value, {
             name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None
         }
@@ -130,14 +142,24 @@ def test_a_side_without_gradients_stays_without() -> None:
         torch.testing.assert_close(sliced[name], gradient, rtol=1e-9, atol=1e-12)
 
 
+def test_slices_are_cut_by_length_where_there_are_several() -> None:
+    lengths = [9, 3, 7, 5, 1, 8]
+    assert slices_of(range(1, 6), 2, lengths) == [[4, 1], [3, 2], [5]]
+    assert slices_of(range(1, 6), 2) == [range(1, 3), range(3, 5), range(5, 6)]
+    # One slice is padded to the longest of all in any order.
+    assert slices_of(range(1, 6), 5, lengths) == slices_of(range(1, 6), None) == [range(1, 6)]
+
+
+@pytest.mark.parametrize("sort", [False, True])
 @pytest.mark.parametrize("slice_size", [37, 128])
-def test_dropout_gives_the_same_gradients_whatever_the_slices(slice_size: int) -> None:
+def test_dropout_gives_the_same_gradients_whatever_the_slices(slice_size: int, sort: bool) -> None:
     """With two captions of each image; in double precision, so that only rounding is left."""
+    lengths = torch.randperm(N, generator=torch.Generator().manual_seed(1)).tolist()
     pair = Pair(captions=2, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
     runs = []
     for size in (None, slice_size):
         torch.manual_seed(5)
-        runs.append(pair.run(size))
+        runs.append(pair.run(size, lengths if sort else None))
     (value, whole), (again, sliced) = runs
     torch.testing.assert_close(again, value)
     for name, gradient in whole.items():
