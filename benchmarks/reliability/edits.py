@@ -1,6 +1,7 @@
 """Edit a table twelve times: only new contents are encoded, and all other features stay the same.
 
-python -m benchmarks.reliability.edits [--pairs TABLE…] [--image ENCODER --text ENCODER] [--quick]
+python -m benchmarks.reliability.edits [--pairs TABLE…] [--image ENCODER --text ENCODER]
+    [--reuse STORE] [--quick]
 """
 
 import argparse
@@ -288,6 +289,7 @@ def main() -> int:
     parser.add_argument("--image", help="image encoder, as apecache extract takes it")
     parser.add_argument("--text", help="text encoder; without both, the packaged ones")
     parser.add_argument("--images", type=int, default=400, help="images of the catalog")
+    parser.add_argument("--reuse", help="store of which the first extraction takes rows")
     parser.add_argument("--quick", action="store_true", help="200 images")
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args()
@@ -301,13 +303,18 @@ def main() -> int:
             text=parse_encoder(text, "text"),
             device="cpu",
         )
+        first_spec = replace(spec, reuse=options.reuse)
         n_images = 200 if options.quick else options.images
         catalog, new_images = catalog_of(options.pairs, Path(folder) / "data", n_images)
         results = run_edits(
             catalog,
             Path(folder) / "store",
             new_images,
-            lambda table, store: extract(open_pairs(table), store, spec),
+            lambda table, store: extract(
+                open_pairs(table),
+                store=store,
+                spec=spec if store.exists() else first_spec,
+            ),
         )
         rows: list[dict[str, object]] = []
         for result in results:
