@@ -20,7 +20,7 @@ from apecache.encoders.layers import resolve_layer
 from apecache.encoders.load import load_classifier, load_image_encoder, load_text_encoder
 from apecache.encoders.spec import EncoderSpec, Pooling
 from apecache.encoders.tower import tower_of
-from apecache.errors import MismatchError, RecipeError
+from apecache.errors import MismatchError, OptionError, RecipeError
 from apecache.fingerprint import Fingerprint, Modality
 from apecache.recipes.recipe import Recipe
 from apecache.store.array import FeatureArray
@@ -154,10 +154,16 @@ def open_source(
         EncoderError: The encoder cannot be loaded.
         MismatchError: Cached tokens are of other weights than the encoder's, or cached features are
             pooled in another way than the recipe says.
+        OptionError: A side that trains has both its encoder and its features named.
     """
     named = spec.image if side == "image" else spec.text
     name = spec.image_features if side == "image" else spec.text_features
     live = recipe.towers.may_train(side) or not spec.cache
+    if live and named and name and spec.cache:
+        raise OptionError(
+            f"--{side} and --{side}-features are both given, but the {side} tower trains: it runs "
+            f"from the encoder or from cached tokens; leave one of them out"
+        )
     # A live side whose encoder is named does not need features in the store.
     array: FeatureArray | None = None
     if not live:

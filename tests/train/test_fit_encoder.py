@@ -982,3 +982,15 @@ def test_a_slice_has_texts_of_similar_lengths(
     )
     # Three drawn lengths of 1 to 5 are 2.4 apart in the mean.
     assert sum(ranges) / len(ranges) < 1.5
+
+
+def test_a_side_that_trains_takes_its_encoder_or_its_features_but_not_both(
+    data: Any,
+    tiny_text_encoder: Path,
+    tmp_path: Path,
+) -> None:
+    """Features that are named would not be read, and cached tokens would save nothing."""
+    text = parse_encoder(f"hf:{tiny_text_encoder}", "text")
+    features = data[0].array("text").name
+    with pytest.raises(OptionError, match="--text and --text-features are both given"):
+        fit(data, recipe_of("lit"), tmp_path / "run", text=text, text_features=features)
