@@ -262,9 +262,9 @@ def satterthwaite(parts: Iterable[tuple[float, float]]) -> float:
     return max((degrees for _, degrees in terms), default=1.0)
 
 
-def student_quantile(degrees: float) -> float:
-    """Return the two-sided 95 % quantile of Student's distribution."""
-    return float(stdtrit(max(degrees, 1.0), (1 + LEVEL) / 2))
+def student_quantile(degrees: float, level: float = LEVEL) -> float:
+    """Return the two-sided quantile of Student's distribution, at 95 % by default."""
+    return float(stdtrit(max(degrees, 1.0), (1 + level) / 2))
 
 
 def student_p_value(difference: float, squared_error: float, degrees: float) -> float:
