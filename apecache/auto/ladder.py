@@ -356,16 +356,21 @@ class _Search:
         return decisions
 
     def _hits(self, runs: Sequence[Path]) -> RetrievalHits:
-        """Answer the queries of the confirm images."""
+        """Answer the queries of the confirm images, with dev among the candidates.
+
+        The more candidates, the closer to a real search: among few images a head that ranks
+        coarsely looks better than it is.
+        """
         heads = [load_heads(run) for run in runs]
         run = heads[0] if len(heads) == 1 else ensemble_heads(heads)
-        embedded = embed_store(run, self.store, among=self.confirm)
-        return retrieval_hits(
+        embedded = embed_store(run, self.store, among=self.confirm | self.dev)
+        hits = retrieval_hits(
             embedded.image,
             embedded.text,
             embedded.image_of_text,
             relevance=embedded.relevance,
         )
+        return hits.among(self.confirm[embedded.image_rows])
 
     def _refit(self, winner: Candidate) -> tuple[str, ...]:
         """Fit the winner again with the confirm images; return the commands that do so."""

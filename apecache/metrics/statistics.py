@@ -64,6 +64,18 @@ class RetrievalHits:
         """Return the number of images."""
         return len(self.captions)
 
+    def among(self, images: NDArray[np.bool_]) -> "RetrievalHits":
+        """Return the answers to the queries of some images; the candidates stay the same.
+
+        Args:
+            images: bool [n_images].
+        """
+        return RetrievalHits(
+            image_to_text={k: hits[images] for k, hits in self.image_to_text.items()},
+            text_to_image={k: hits[images] for k, hits in self.text_to_image.items()},
+            captions=self.captions[images],
+        )
+
     def value(self, terms: Sequence[Term]) -> float:
         """Return the mean recall of the terms, in per cent."""
         recalls = []
