@@ -14,7 +14,9 @@ import apecache.auto.search_fits as search_fits
 from apecache.auto.budget import open_state, parse_duration
 from apecache.auto.ladder import AutoReport, AutoSpec, auto_heads
 from apecache.errors import MismatchError, OptionError, RunError
+from apecache.evaluate.comparison import METRICS
 from apecache.evaluate.embeddings import embed_store
+from apecache.metrics.protocols import retrieval_hits
 from apecache.report.auto_page import write_auto_page
 from apecache.runs.heads import load_heads
 from apecache.store.equal import equal_images
@@ -110,6 +112,22 @@ def test_candidates_compete_from_simple_to_complex(report: AutoReport) -> None:
     assert {decision.level for decision in report.decisions} == {1 - 0.05 / len(names)}
     last = report.decisions[-1]
     assert report.chosen == (last.candidate if last.replaced else last.against)
+
+
+def test_dev_images_are_candidates_of_the_decision_but_no_queries(
+    report: AutoReport,
+    clean: Planted,
+) -> None:
+    identity = json.loads((report.out / "auto.json").read_text())["identity"]
+    state = open_state(report.out, identity, 1.0)
+    search = ladder._Search(clean.store, SPEC, state, lambda _: None)
+    run = report.out / "members" / "closed-procrustes"
+    hits = search._hits([run])
+    alone = embed_store(load_heads(run), clean.store, among=search.confirm)
+    terms = METRICS["mean R@1"]
+    easier = retrieval_hits(alone.image, alone.text, alone.image_of_text)
+    assert hits.n_images == search.confirm.sum() == 26
+    assert hits.value(terms) < easier.value(terms)
 
 
 def test_the_seed_that_chose_a_trial_does_not_judge_it(report: AutoReport) -> None:
