@@ -56,9 +56,9 @@ def auto(
 ) -> None:
     """Find the best heads for a store within a budget of time.
 
-    Compares encoders, closed forms, families of heads and an ensemble. A more complex candidate is
-    kept only if it is better by a paired interval on images that were kept aside. Interrupt at any
-    time; run the same command to resume.
+    Compares encoders, closed forms, families of heads and ensembles. A more complex candidate is
+    kept only if it is better by a paired interval, over seeds and images that chose nothing.
+    Interrupt at any time; run the same command to resume.
 
     Example: apecache auto store --out search --budget 15m
     """

@@ -30,9 +30,12 @@ def curate(
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="Run of fit-head, whose recipe scores the captions. Default: the closed form cca.",
+            help="Run of fit-head, whose recipe scores the captions.",
         ),
     ] = None,
+    recipe: Annotated[
+        str, typer.Option(metavar="RECIPE", help="Recipe that scores, without --run.")
+    ] = "cca",
     train_split: TrainSplit = None,
     image_features: ImageFeatures = None,
     text_features: TextFeatures = None,
@@ -83,6 +86,7 @@ def curate(
 
         spec = CurateSpec(
             run=run,
+            recipe=recipe,
             image_features=image_features,
             text_features=text_features,
             train_split=train_split,

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +27,9 @@ class RungRecord:
     seconds: float
     left_seconds: float
     """What is left of the budget after it."""
+
+
+RungProgress = Callable[[RungRecord], None]
 
 
 @dataclass(kw_only=True)
@@ -67,6 +70,50 @@ class SearchState:
             # Interrupted work counts too: the next call has only what is left.
             self.spent_seconds += time.perf_counter() - begin
             self.save()
+
+
+class Rung:
+    """Time a rung, and record it when its block ends."""
+
+    def __init__(
+        self,
+        state: SearchState,
+        name: str,
+        tried: list[str],
+        progress: RungProgress,
+    ) -> None:
+        self.state = state
+        self.name = name
+        self.tried = tried
+        self.progress = progress
+        self.outcome = ""
+        self.before = state.spent_seconds
+        self.clock = state.clock()
+
+    def __enter__(self) -> Callable[[str], None]:
+        self.clock.__enter__()
+        return self._end
+
+    def _end(self, outcome: str) -> None:
+        self.outcome = outcome
+
+    def __exit__(self, *error: object) -> None:
+        self.clock.__exit__(None, None, None)
+        if error[0] is not None:
+            return
+        earlier = self.state.rungs.get(self.name)
+        seconds = self.state.spent_seconds - self.before
+        record = RungRecord(
+            name=self.name,
+            tried=tuple(self.tried),
+            outcome=self.outcome,
+            # A rung that a resumed search only reads again keeps its first cost.
+            seconds=seconds if earlier is None else max(seconds, earlier.seconds),
+            left_seconds=self.state.left_seconds,
+        )
+        self.state.rungs[self.name] = record
+        self.state.save()
+        self.progress(record)
 
 
 def open_state(out: Path, identity: dict[str, Json], budget_seconds: float) -> SearchState:

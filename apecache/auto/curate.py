@@ -34,7 +34,7 @@ from apecache.train.keep_list import write_keep_list
 KEEP = "keep.tsv"
 FINDINGS = "curate.json"
 CLOSED_FORM = "cca"
-"""Recipe of the heads where no run is given: it takes seconds."""
+"""Recipe of the heads where neither a run nor a recipe is given: it takes seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,9 @@ class CurateSpec:
     """Say what is examined, and how."""
 
     run: AnyPath | None = None
-    """Run of fit-head: its recipe, features and training split are used. None: recipe `cca`."""
+    """Run of fit-head: its recipe, features and training split are used."""
+    recipe: str = CLOSED_FORM
+    """Recipe of the heads that score, if no run is given; trained ones are fitted in each fold."""
     image_features: str | None = None
     """Name of the image features; needed without a run if the store has several."""
     text_features: str | None = None
@@ -221,7 +223,7 @@ def _open(store: FeatureStore, spec: CurateSpec) -> Examined:
     """Choose recipe, features and training split: those of the run, or of the settings."""
     splits = SplitSpec(train=spec.train_split)
     if spec.run is None:
-        recipe = load_recipe(CLOSED_FORM)
+        recipe = load_recipe(spec.recipe)
         image = store.array("image", spec.image_features)
         text = store.array("text", spec.text_features)
     else:
@@ -235,6 +237,8 @@ def _open(store: FeatureStore, spec: CurateSpec) -> Examined:
         text = find_features(heads.text, store, "text")
         recorded = SplitSpec(**heads.training["splits"])
         splits = recorded if spec.train_split is None else splits
+    if not recipe.trains_heads_alone:
+        raise RecipeError(f"recipe {recipe.name} trains within the towers; give one of heads")
     if image.tokens is not None or text.tokens is not None:
         raise RecipeError("curate compares pooled features; choose others with --image-features")
     train, dev = choose_splits(store.pairs, splits)

@@ -1,62 +1,60 @@
 """Search for the best heads on a store's features within a budget of time.
 
 The rungs: features (closed form on each choice of encoders), closed forms, the default recipe, a
-sweep over families of heads, an ensemble. Fits choose on dev. The last decision is taken on
-*confirm* images, which nothing before has trained or chosen on: a candidate replaces a simpler one
-only if the 95 % interval of the paired difference lies above 0. Then the winner is fitted again
-with the confirm images.
+sweep over families of heads, the best trial again with other seeds, ensembles. Dev chooses among
+trials and among ensembles. The decision between them is taken on *confirm* images, which nothing
+before has trained or chosen on: see `apecache.auto.decision`. Then the winner is fitted again with
+the confirm images.
 """
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 
 from apecache.arguments import AnyPath, as_path, require_spec, require_type
-from apecache.auto.budget import RungRecord, SearchState, open_state
+from apecache.auto.budget import Rung, RungProgress, RungRecord, SearchState, open_state
+from apecache.auto.decision import Candidate, Decision, decide, kept_candidate
 from apecache.auto.greedy import greedy_ensemble
+from apecache.auto.search_fits import SearchFits
+from apecache.auto.search_plan import (
+    CLOSED_FORMS,
+    DEFAULT,
+    RUNGS,
+    plan_seeds,
+    plan_trials,
+    search_space,
+)
 from apecache.errors import RecipeError, counted
-from apecache.evaluate.comparison import MetricDifference, compare_hits
 from apecache.evaluate.embeddings import embed_store
 from apecache.fingerprint import Json
 from apecache.metrics.protocols import retrieval_hits
-from apecache.metrics.retrieval import RetrievalReport
 from apecache.metrics.statistics import RetrievalHits
-from apecache.recipes.recipe import load_recipe
 from apecache.runs.ensemble import ensemble_heads
 from apecache.runs.folder import locked
-from apecache.runs.heads import DESCRIPTION, TrainedHeads, load_heads, save_heads
+from apecache.runs.heads import DESCRIPTION, load_heads, save_heads
 from apecache.store.equal import equal_images
 from apecache.store.joined import BETWEEN_NAMES
 from apecache.store.reader import FeatureStore
 from apecache.sweeps.halving import SweepSpec
-from apecache.sweeps.run import sweep
-from apecache.sweeps.space import Dimension, Space
+from apecache.sweeps.run import run_trials
 from apecache.sweeps.trials import Trial
 from apecache.train.batches import SplitSpec, choose_splits
-from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
 from apecache.train.keep_list import write_keep_list
 
 BEST = "best"
 COMMANDS = "command.txt"
-CLOSED_FORMS = ("cca", "csa", "ridge", "procrustes")
-FAMILIES = ("projection", "gated", "ape")
-DEFAULT = "projection"
-METRIC = "mean R@1"
-SWEEP_SHARE = 0.5
-"""Share of the time that is left for the sweep."""
-HALVED_COST = 1 / 3
-"""Cost of a trial under successive halving, in fits: a third to each rung."""
-LEAST_TRIALS = 4
-MAX_TRIALS = 256
 MAX_MEMBERS = 5
 CONFIRM_IMAGES = 500
+LADDER = 2
+"""Version of the rungs: a folder of other rungs is not resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,28 +70,9 @@ class AutoSpec:
     splits: SplitSpec = field(default_factory=SplitSpec)
     """Training and dev split."""
     seed: int = 0
-    """Seed of the draws, the sweep and the fits."""
+    """Seed of the draws and the sweep, and the first seed of the fits."""
     device: str = "auto"
     """Device of the fits."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """Hold one candidate of the final decision, from simple to complex."""
-
-    name: str
-    runs: tuple[Path, ...]
-    """Its runs; several make an ensemble."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """Report whether a candidate replaced a simpler one."""
-
-    candidate: str
-    against: str
-    difference: MetricDifference
-    replaced: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +89,6 @@ class AutoReport:
     """Commands that make the run again."""
     n_confirm_images: int
     spent_seconds: float
-
-
-RungProgress = Callable[[RungRecord], None]
 
 
 def auto_heads(
@@ -145,6 +121,7 @@ def auto_heads(
         "text_features": list(_names(store, "text", spec.text_features)),
         "splits": asdict(spec.splits),
         "seed": spec.seed,
+        "rungs": LADDER,
     }
     state = open_state(out, identity, spec.budget_seconds)
     with locked(out):
@@ -172,11 +149,14 @@ class _Search:
         progress: RungProgress,
     ) -> None:
         self.store = store
-        self.spec = spec
         self.state = state
         self.progress = progress
         self.out = state.out
+        self.splits = spec.splits
+        self.seed = spec.seed
         self.keep = self.out / "without-confirm.tsv"
+        base = FitSpec(splits=spec.splits, seed=spec.seed, device=spec.device, keep=self.keep)
+        self.fits = SearchFits(store=store, state=state, base=base)
         self.dev, self.confirm = self._held_out_images()
 
     def run(self) -> AutoReport:
@@ -187,17 +167,16 @@ class _Search:
         self._choose_features()
         closed = self._closed_forms()
         default = self._default()
-        tuned = self._sweep()
-        candidates = [closed, default, tuned, self._ensemble((closed, default, tuned))]
+        trial = self._repeated(self._sweep())
+        candidates = [closed, default, trial, *self._ensembles(closed, default, trial)]
         decisions = self._decide(candidates)
-        last = decisions[-1]
-        best_name = last.candidate if last.replaced else last.against
-        winner = next(candidate for candidate in candidates if candidate.name == best_name)
+        kept_name = kept_candidate(decisions)
+        winner = next(candidate for candidate in candidates if candidate.name == kept_name)
         commands = self._refit(winner)
         return AutoReport(
             out=self.out,
             run=self.out / BEST,
-            chosen=best_name,
+            chosen=kept_name,
             rungs=tuple(self.state.rungs.values()),
             decisions=tuple(decisions),
             commands=commands,
@@ -211,7 +190,7 @@ class _Search:
         first = str(self.state.identity["image_features"][0])
         content = equal_images(self.store.array("image", first))
         # With the same content as in fit_head, so that this is the dev split of the fits.
-        train, dev = choose_splits(table, self.spec.splits, content)
+        train, dev = choose_splits(table, self.splits, content)
         rows = np.flatnonzero(train)
         n_confirm = min(CONFIRM_IMAGES, len(rows) // 10)
         if n_confirm < 2:
@@ -219,7 +198,7 @@ class _Search:
                 f"{counted(len(rows), 'training image')}; a search needs at least 20, so that some "
                 "can be kept aside"
             )
-        generator = np.random.default_rng(self.spec.seed)
+        generator = np.random.default_rng(self.seed)
         drawn_rows = generator.choice(rows, n_confirm, replace=False)
         # A copy of a confirm image must not train either.
         numbers = np.arange(len(table.keys)) if content is None else content
@@ -227,6 +206,9 @@ class _Search:
         return dev, confirm
 
     # --- rungs ------------------------------------------------------------------------------------
+
+    def _rung(self, name: str, tried: list[str]) -> Rung:
+        return Rung(self.state, name, tried, self.progress)
 
     def _choose_features(self) -> None:
         """Choose encoders by the closed form on each, and on all of a side together."""
@@ -243,7 +225,8 @@ class _Search:
                 if len(choices) == 1:
                     best = (0.0, (image, text))
                     break
-                recall = self._fit(f"features-{number}", "cca", image=image, text=text)
+                spec = replace(self.fits.base, image_features=image, text_features=text)
+                recall = self.fits.fit(f"features-{number}", "cca", spec=spec)
                 tried.append(f"{image} with {text}: {recall:.1f}")
                 # Of equal recalls the first wins: single encoders stand before joined ones.
                 if best is None or recall > best[0]:
@@ -258,60 +241,88 @@ class _Search:
         recalls: dict[str, float] = {}
         with self._rung("closed forms", tried) as rung:
             for name in CLOSED_FORMS:
-                recalls[name] = self._fit(f"closed-{name}", name)
+                recalls[name] = self.fits.fit(f"closed-{name}", name)
                 tried.append(f"{name}: {recalls[name]:.1f}")
             best = max(recalls, key=lambda name: recalls[name])
-            rung(best)
-        return Candidate(name=best, runs=(self._member(f"closed-{best}"),))
+            rung(f"{best}: {recalls[best]:.1f}")
+        # A closed form has no seeds.
+        return Candidate(name=best, seeds=((self.fits.run(f"closed-{best}"),),))
 
     def _default(self) -> Candidate:
-        """Fit the default recipe, and measure how long a fit takes."""
+        """Fit the default recipe with several seeds, and measure how long a fit takes."""
+        choices = self.state.choices
         tried: list[str] = []
         with self._rung("default", tried) as rung:
             begin = time.perf_counter()
-            recall = self._fit("default", DEFAULT)
-            self.state.choices.setdefault("fit_seconds", time.perf_counter() - begin)
-            tried.append(f"{DEFAULT}: {recall:.1f}")
-            rung(DEFAULT)
-        return Candidate(name=DEFAULT, runs=(self._member("default"),))
+            recalls = [self.fits.fit(_numbered(DEFAULT, self.seed), DEFAULT)]
+            fit_seconds = float(choices.setdefault("fit_seconds", time.perf_counter() - begin))
+            # Decided once: a resumed search has less time left, and must not change its mind.
+            left_seconds = self.state.left_seconds - fit_seconds
+            n_seeds = int(choices.setdefault("n_seeds", plan_seeds(left_seconds, fit_seconds)))
+            self.state.save()
+            seeds = range(self.seed, self.seed + n_seeds)
+            for seed in seeds[1:]:
+                spec = replace(self.fits.spec(), seed=seed)
+                recalls.append(self.fits.fit(_numbered(DEFAULT, seed), DEFAULT, spec=spec))
+            tried += [f"{DEFAULT}, seed {s}: {r:.1f}" for s, r in zip(seeds, recalls, strict=True)]
+            rung(f"{DEFAULT}, {n_seeds} seeds: {fmean(recalls):.1f}")
+        runs = [self.fits.run(_numbered(DEFAULT, seed)) for seed in seeds]
+        return Candidate(name=DEFAULT, seeds=tuple((run,) for run in runs))
 
-    def _sweep(self) -> Candidate:
+    def _sweep(self) -> Trial:
         """Sweep over families of heads with as many trials as the time allows."""
+        choices = self.state.choices
         tried: list[str] = []
-        fit_seconds = float(self.state.choices["fit_seconds"])
-        affordable = SWEEP_SHARE * self.state.left_seconds / (HALVED_COST * max(fit_seconds, 1e-3))
-        n_trials = int(np.clip(affordable, LEAST_TRIALS, MAX_TRIALS))
-        # Decided once: a sweep with halving cannot change its number of trials.
-        n_trials = int(self.state.choices.setdefault("n_trials", n_trials))
         with self._rung("sweep", tried) as rung:
+            planned = plan_trials(
+                self.state.left_seconds,
+                fit_seconds=float(choices["fit_seconds"]),
+                n_seeds=int(choices["n_seeds"]),
+            )
+            # Decided once: a sweep with halving cannot change its number of trials.
+            n_trials = int(choices.setdefault("n_trials", planned))
             self.state.save()
             settings = SweepSpec(
                 n_trials,
                 halving=True,
                 keep_going=True,
-                seed=self.spec.seed,
-                fit=self._fit_spec(),
+                rungs=RUNGS,
+                seed=self.seed,
+                fit=self.fits.spec(),
             )
-            report = sweep(self.store, search_space(), self.out / "sweep", settings)
-            self._note(report.run, report.best.recipe, report.best.settings)
-            finished = [trial for trial in report.trials if trial.state == "done"]
-            tried += [_described(trial) for trial in report.trials[:8]]
-            runs = [report.run]
-            # The next best trials were never fitted into runs of their own.
-            for trial in finished[1:MAX_MEMBERS]:
-                name = f"trial-{trial.number}"
-                self._fit(name, trial.recipe, settings=trial.settings)
-                runs.append(self._member(name))
-            rung(f"{n_trials} trials; best: {_described(report.best)}")
-        self.state.choices["members"] = [str(run.relative_to(self.out)) for run in runs]
-        return Candidate(name="sweep", runs=(report.run,))
+            trials = run_trials(self.store, search_space(), self.out / "sweep", settings)
+            tried += [_described(trial) for trial in trials[:8]]
+            rung(f"{n_trials} trials; best: {_described(trials[0])}")
+        return trials[0]
 
-    def _ensemble(self, singles: Sequence[Candidate]) -> Candidate:
-        """Choose runs whose mean cosine is best on dev, one after another."""
+    def _repeated(self, trial: Trial) -> Candidate:
+        """Fit the best trial with seeds that did not choose it."""
+        first = self.seed + 1
+        seeds = range(first, first + int(self.state.choices["n_seeds"]))
         tried: list[str] = []
-        members = [self.out / name for name in self.state.choices["members"]]
-        runs = list(dict.fromkeys([*(run for single in singles for run in single.runs), *members]))
-        with self._rung("ensemble", tried) as rung:
+        recalls: list[float] = []
+        runs: list[Path] = []
+        with self._rung("best trial again", tried) as rung:
+            for seed in seeds:
+                name = _numbered(f"trial-{trial.number}", seed)
+                spec = replace(self.fits.spec(), seed=seed)
+                recalls.append(self.fits.fit(name, trial.recipe, trial.settings, spec))
+                runs.append(self.fits.run(name))
+                tried.append(f"trial {trial.number}, seed {seed}: {recalls[-1]:.1f}")
+            found = trial.mean or 0.0
+            rung(f"{len(runs)} other seeds: {fmean(recalls):.1f}; {found:.1f} in the sweep")
+        return Candidate(name="sweep", seeds=tuple((run,) for run in runs))
+
+    def _ensembles(self, *singles: Candidate) -> list[Candidate]:
+        """Join the seeds of the default, and runs whose mean cosine is best on dev."""
+        tried: list[str] = []
+        runs: list[Path] = []
+        for single in singles:
+            runs += [run for members in single.seeds for run in members]
+        default = next(single for single in singles if single.name == DEFAULT)
+        joined = tuple(run for members in default.seeds for run in members)
+        ensembles = [Candidate(name=f"{len(joined)} seeds of {DEFAULT}", seeds=(joined,))]
+        with self._rung("ensembles", tried) as rung:
             steps = greedy_ensemble(
                 self.store,
                 runs=[load_heads(run) for run in runs],
@@ -319,48 +330,60 @@ class _Search:
                 max_members=MAX_MEMBERS,
             )
             tried += [f"with {runs[step.added].name}: {step.recall:.1f}" for step in steps]
-            rung(" + ".join(runs[step.added].name for step in steps))
-        return Candidate(name="ensemble", runs=tuple(runs[step.added] for step in steps))
+            greedy = tuple(runs[step.added] for step in steps)
+            # One run, or the seeds of the default, compete already.
+            if len(greedy) > 1 and set(greedy) != set(joined):
+                ensembles.append(Candidate(name="ensemble", seeds=(greedy,)))
+            rung(" + ".join(run.name for run in greedy) + f": {steps[-1].recall:.1f}")
+        return ensembles
 
     def _decide(self, candidates: Sequence[Candidate]) -> list[Decision]:
         """Compare candidates on the confirm images, from simple to complex."""
         tried: list[str] = []
-        decisions: list[Decision] = []
         with self._rung("decision", tried) as rung:
-            best_candidate = candidates[0]
-            best_hits = self._hits(best_candidate)
-            for candidate in candidates[1:]:
-                hits = self._hits(candidate)
-                difference = compare_hits([hits], [best_hits], metric=METRIC, chance=0.0)
-                replaced = difference.low > 0
-                decision = Decision(
-                    candidate=candidate.name,
-                    against=best_candidate.name,
-                    difference=difference,
-                    replaced=replaced,
-                )
-                decisions.append(decision)
+            hits: dict[str, list[RetrievalHits]] = {}
+            for candidate in candidates:
+                hits[candidate.name] = [self._hits(runs) for runs in candidate.seeds]
+            decisions = decide(hits)
+            for decision in decisions:
+                difference = decision.difference
                 tried.append(
-                    f"{candidate.name} against {best_candidate.name}: {difference.difference:+.1f} "
-                    f"({difference.low:+.1f} to {difference.high:+.1f})"
+                    f"{decision.candidate} against {decision.against}: "
+                    f"{difference.difference:+.1f} ({difference.low:+.1f} to "
+                    f"{difference.high:+.1f}, {100 * decision.level:.2f} %)"
                 )
-                if replaced:
-                    best_candidate = candidate
-                    best_hits = hits
-            rung(best_candidate.name)
+            rung(kept_candidate(decisions))
         return decisions
+
+    def _hits(self, runs: Sequence[Path]) -> RetrievalHits:
+        """Answer the queries of the confirm images, with dev among the candidates.
+
+        The more candidates, the closer to a real search: among few images a head that ranks
+        coarsely looks better than it is.
+        """
+        heads = [load_heads(run) for run in runs]
+        run = heads[0] if len(heads) == 1 else ensemble_heads(heads)
+        embedded = embed_store(run, self.store, among=self.confirm | self.dev)
+        hits = retrieval_hits(
+            embedded.image,
+            embedded.text,
+            embedded.image_of_text,
+            relevance=embedded.relevance,
+        )
+        return hits.among(self.confirm[embedded.image_rows])
 
     def _refit(self, winner: Candidate) -> tuple[str, ...]:
         """Fit the winner again with the confirm images; return the commands that do so."""
+        runs = winner.seeds[0]
         tried: list[str] = []
         commands: list[str] = []
         best = self.out / BEST
         with self._rung("refit", tried) as rung:
             finals: list[Path] = []
-            for number, run in enumerate(winner.runs):
-                final = best if len(winner.runs) == 1 else self.out / "final" / str(number)
+            for number, run in enumerate(runs):
+                final = best if len(runs) == 1 else self.out / "final" / str(number)
                 finals.append(final)
-                commands.append(self._refit_one(run, final))
+                commands.append(self.fits.refit(run, final))
                 tried.append(commands[-1])
             if len(finals) > 1:
                 words = ["apecache", "ensemble", *map(str, finals), "--out", str(best)]
@@ -371,177 +394,12 @@ class _Search:
             rung(str(best))
         return tuple(commands)
 
-    # --- what the rungs share ---------------------------------------------------------------------
 
-    def _rung(self, name: str, tried: list[str]) -> "_Rung":
-        return _Rung(self.state, name, tried, self.progress)
-
-    def _member(self, name: str) -> Path:
-        return self.out / "members" / name
-
-    def _fit_spec(self, image: str | None = None, text: str | None = None) -> FitSpec:
-        return FitSpec(
-            image or self.state.choices["image"],
-            text_features=text or self.state.choices["text"],
-            splits=self.spec.splits,
-            seed=self.spec.seed,
-            device=self.spec.device,
-            keep=self.keep,
-        )
-
-    def _fit(
-        self,
-        name: str,
-        recipe: str,
-        settings: Sequence[str] = (),
-        image: str | None = None,
-        text: str | None = None,
-    ) -> float:
-        """Fit a recipe into a folder, or read the fit that is there; return its recall on dev."""
-        run = self._member(name)
-        self._note(run, recipe, settings)
-        if not (run / DESCRIPTION).is_file():
-            run.parent.mkdir(exist_ok=True)
-            fit_head(
-                self.store,
-                recipe=load_recipe(recipe, settings),
-                out=run,
-                spec=self._fit_spec(image, text),
-            )
-        return dev_recall(load_heads(run))
-
-    def _hits(self, candidate: Candidate) -> RetrievalHits:
-        """Answer the queries of the confirm images."""
-        heads = [load_heads(run) for run in candidate.runs]
-        run = heads[0] if len(heads) == 1 else ensemble_heads(heads)
-        embedded = embed_store(run, self.store, among=self.confirm)
-        return retrieval_hits(
-            embedded.image,
-            embedded.text,
-            embedded.image_of_text,
-            relevance=embedded.relevance,
-        )
-
-    def _refit_one(self, run: Path, final: Path) -> str:
-        """Fit a run again without the keep list; return the command."""
-        recorded = self.state.choices["made"][str(run.relative_to(self.out))]
-        spec = replace(self._fit_spec(), keep=None)
-        if not (final / DESCRIPTION).is_file():
-            final.parent.mkdir(exist_ok=True)
-            recipe = load_recipe(recorded["recipe"], recorded["settings"])
-            fit_head(self.store, recipe=recipe, out=final, spec=spec)
-        return fit_command(
-            self.store,
-            recipe=recorded["recipe"],
-            settings=recorded["settings"],
-            run=final,
-            spec=spec,
-        )
-
-    def _note(self, run: Path, recipe: str, settings: Sequence[str]) -> None:
-        """Remember how a run was made."""
-        recorded = self.state.choices.setdefault("made", {})
-        recorded[str(run.relative_to(self.out))] = {"recipe": recipe, "settings": list(settings)}
-
-
-class _Rung:
-    """Record a rung when its block ends."""
-
-    def __init__(
-        self,
-        state: SearchState,
-        name: str,
-        tried: list[str],
-        progress: RungProgress,
-    ) -> None:
-        self.state = state
-        self.name = name
-        self.tried = tried
-        self.progress = progress
-        self.outcome = ""
-        self.before = state.spent_seconds
-        self.clock = state.clock()
-
-    def __enter__(self) -> "Callable[[str], None]":
-        self.clock.__enter__()
-        return self._end
-
-    def _end(self, outcome: str) -> None:
-        self.outcome = outcome
-
-    def __exit__(self, *error: object) -> None:
-        self.clock.__exit__(None, None, None)
-        if error[0] is not None:
-            return
-        earlier = self.state.rungs.get(self.name)
-        seconds = self.state.spent_seconds - self.before
-        record = RungRecord(
-            name=self.name,
-            tried=tuple(self.tried),
-            outcome=self.outcome,
-            # A rung that a resumed search only reads again keeps its first cost.
-            seconds=seconds if earlier is None else max(seconds, earlier.seconds),
-            left_seconds=self.state.left_seconds,
-        )
-        self.state.rungs[self.name] = record
-        self.state.save()
-        self.progress(record)
-
-
-def dev_recall(heads: TrainedHeads) -> float:
-    """Return the mean of R@1, 5 and 10 of both directions on dev that a run recorded."""
-    return RetrievalReport.from_json(heads.training["dev"]).mean_recall
-
-
-def search_space() -> Space:
-    """Return what the sweep may choose: families of heads, regularization, and step sizes."""
-    is_linear = {"image.kind": "linear"}
-    dimensions = {
-        "optimizer.lr": Dimension(log=(5e-4, 4e-3)),
-        "optimizer.weight_decay": Dimension(log=(0.1, 3.0)),
-        "image.input_dropout": Dimension.model_validate({"float": (0.2, 0.8), "if": is_linear}),
-        "text.input_dropout": Dimension.model_validate({"float": (0.0, 0.4)}),
-        "text.dropout": Dimension.model_validate(
-            {"float": (0.1, 0.7), "if": {"text.kind": ["gated", "mlp"]}}
-        ),
-        "text.width": Dimension.model_validate(
-            {"choice": (512, 1024, 2048), "if": {"text.kind": "mlp"}}
-        ),
-        "text.depth": Dimension.model_validate({"choice": (1, 2, 4), "if": {"text.kind": "mlp"}}),
-        "loss.temperature": Dimension(log=(0.03, 0.15)),
-        "loss.captions": Dimension(choice=(1, 2)),
-    }
-    return Space(dimensions, FAMILIES)
-
-
-def fit_command(
-    store: FeatureStore,
-    recipe: str,
-    settings: Sequence[str],
-    run: Path,
-    spec: FitSpec,
-) -> str:
-    """Return the `apecache fit-head` command of a fit, with all options that are not defaults."""
-    words = ["apecache", "fit-head", str(store.path), "--recipe", recipe, "--out", str(run)]
-    for setting in settings:
-        words += ["--set", setting]
-    usual = SplitSpec()
-    options = {
-        "--train-split": (spec.splits.train, usual.train),
-        "--dev-split": (spec.splits.dev, usual.dev),
-        "--dev-images": (spec.splits.dev_images, usual.dev_images),
-        "--dev-seed": (spec.splits.seed, usual.seed),
-        "--seed": (spec.seed, 0),
-        "--image-features": (spec.image_features, None),
-        "--text-features": (spec.text_features, None),
-        "--view": (store.older_view, None),
-    }
-    for name, (value, default) in options.items():
-        if value != default:
-            words += [name, str(value)]
-    return shlex.join(words)
+def _numbered(name: str, seed: int) -> str:
+    return f"{name}-seed-{seed}"
 
 
 def _described(trial: Trial) -> str:
     mean = "failed" if trial.mean is None else f"{trial.mean:.1f}"
-    return f"{trial.recipe} {' '.join(trial.settings)}: {mean} ({trial.state})"
+    settings = " ".join(trial.settings) or "as it is"
+    return f"{trial.recipe} {settings}: {mean} ({trial.state})"

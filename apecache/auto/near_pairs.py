@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.cluster import MiniBatchKMeans
 
+from apecache.store.near_duplicates import centered
+
 BLOCK = 1024
 """Items that are compared with all others at a time."""
 MAX_CLUSTERS = 50
@@ -68,14 +70,6 @@ def near_pairs_across_splits(
                 pairs.append(pair)
     pairs.sort(key=lambda pair: (-pair.similarity, pair.first, pair.second))
     return pairs[:limit]
-
-
-def centered(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return centered features of length 1; a feature at the center stays 0."""
-    vectors = features - features.mean(0)
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: NDArray[np.float32] = vectors / np.maximum(lengths, 1e-12)
-    return unit
 
 
 def cluster_images(

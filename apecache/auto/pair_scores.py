@@ -199,9 +199,8 @@ def posterior_wrong(
 ) -> NDArray[np.float64]:
     """Estimate for each caption the probability that it is wrong.
 
-    <<<<<<< HEAD
-        This is Efron's local false discovery rate. The density of the shares is a histogram that is
-        made to fall monotonically. Wrong captions have density 1.
+    This is Efron's local false discovery rate. The density of the shares is a histogram that is
+    made to fall monotonically. Wrong captions have density 1.
     """
     n_in_bin, edges = np.histogram(wrong_share, bins=N_BINS, range=(0.0, 1.0))
     density = n_in_bin * N_BINS / max(1, len(wrong_share))

@@ -17,6 +17,7 @@ from apecache.evaluate.left_out import LeftOut
 from apecache.metrics.protocols import measure_retrieval
 from apecache.metrics.retrieval import KS, RetrievalReport
 from apecache.metrics.statistics import (
+    LEVEL,
     WAYS,
     RetrievalHits,
     Term,
@@ -55,7 +56,7 @@ class MetricDifference:
     difference: float
     """`value_a` less `value_b`."""
     low: float
-    """Lower end of the 95 % interval of `difference`."""
+    """Lower end of the interval of `difference`; 95 % unless said otherwise."""
     high: float
     """Upper end of that interval."""
     p_value: float
@@ -170,10 +171,12 @@ def compare_hits(
     *,
     metric: str,
     chance: float,
+    level: float = LEVEL,
 ) -> MetricDifference:
     """Compare one metric of `METRICS` on both sides.
 
-    Each side has one `RetrievalHits` for each seed.
+    Each side has one `RetrievalHits` for each seed. `level` is the share of intervals that hold the
+    true difference: raise it where one of several comparisons decides.
     """
     terms = METRICS[metric]
     values_a = [hits.value(terms) for hits in hits_a]
@@ -196,7 +199,7 @@ def compare_hits(
             (of_images, n_images - 1),
         ]
     )
-    half = student_quantile(degrees) * squared_error**0.5
+    half = student_quantile(degrees, level) * squared_error**0.5
     if len(hits_a) == len(hits_b) == 1:
         shares_a = _mean_over_seeds(hits_a, terms, "shares")
         shares_b = _mean_over_seeds(hits_b, terms, "shares")

@@ -64,6 +64,18 @@ class RetrievalHits:
         """Return the number of images."""
         return len(self.captions)
 
+    def among(self, images: NDArray[np.bool_]) -> "RetrievalHits":
+        """Return the answers to the queries of some images; the candidates stay the same.
+
+        Args:
+            images: bool [n_images].
+        """
+        return RetrievalHits(
+            image_to_text={k: hits[images] for k, hits in self.image_to_text.items()},
+            text_to_image={k: hits[images] for k, hits in self.text_to_image.items()},
+            captions=self.captions[images],
+        )
+
     def value(self, terms: Sequence[Term]) -> float:
         """Return the mean recall of the terms, in per cent."""
         recalls = []
@@ -262,9 +274,9 @@ def satterthwaite(parts: Iterable[tuple[float, float]]) -> float:
     return max((degrees for _, degrees in terms), default=1.0)
 
 
-def student_quantile(degrees: float) -> float:
-    """Return the two-sided 95 % quantile of Student's distribution."""
-    return float(stdtrit(max(degrees, 1.0), (1 + LEVEL) / 2))
+def student_quantile(degrees: float, level: float = LEVEL) -> float:
+    """Return the two-sided quantile of Student's distribution, at 95 % by default."""
+    return float(stdtrit(max(degrees, 1.0), (1 + level) / 2))
 
 
 def student_p_value(difference: float, squared_error: float, degrees: float) -> float:

@@ -42,8 +42,10 @@ def write_auto_page(report: AutoReport, path: AnyPath) -> Path:
             for decision in report.decisions
         ),
         note=(
-            f"Paired on {report.n_confirm_images:,} images that nothing trained or chose on. A "
-            "candidate replaces a simpler one if its 95 % interval lies above 0."
+            f"Paired on {report.n_confirm_images:,} images that nothing trained or chose on, over "
+            f"seeds that chose nothing. A candidate replaces a simpler one if its interval of "
+            f"{100 * report.decisions[0].level:.2f} % lies above 0: all {len(report.decisions)} "
+            "together hold with 95 %."
         ),
     )
     page = Page(

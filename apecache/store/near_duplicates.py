@@ -38,7 +38,7 @@ def near_images(
         raise OptionError(f"near-duplicates {threshold:g}: expected a cosine above 0, at most 1")
     array = _pooled_array(store, features)
     rows = np.flatnonzero(array.load_ok())
-    vectors = _centered(array.load()[rows].astype(np.float32))
+    vectors = centered(array.load()[rows].astype(np.float32))
     pairs: list[tuple[int, int]] = []
     for begin in range(0, len(rows), BLOCK_ROWS):
         block = vectors[begin : begin + BLOCK_ROWS]
@@ -64,8 +64,8 @@ def _pooled_array(store: FeatureStore, name: str | None) -> FeatureArray:
     )
 
 
-def _centered(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return centered vectors of length 1; a vector at the center stays 0."""
+def centered(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return vectors [n, dim] less their mean, of length 1; a vector at the mean becomes 0."""
     if not len(vectors):
         return vectors
     shifted = vectors - vectors.mean(0)

@@ -196,15 +196,19 @@ class TrialBatch:
                 finished.append((group, self._read_results(group)))
             else:
                 missing.append(group)
+        ended: set[FitKey] = set()
         for group, results in chain(finished, self.train_groups(missing, members)):
             self.results |= results
+            ended |= results.keys()
             rows = [(key, results[key]) for key in group.keys]
             # Results before the checkpoint goes: an interruption in between loses nothing.
             replace_text(self._result_file(group), json.dumps(rows))
             shutil.rmtree(self._population_folder(group), ignore_errors=True)
             if divisor == 1:
                 for trial in planned:
-                    self.finish(trial, "done")
+                    # Fits of later groups still have the results of the rung before.
+                    if ended.issuperset(self._keys(trial)):
+                        self.finish(trial, "done")
         for trial in planned:
             if self._failures(trial):
                 self.finish(trial, "failed")

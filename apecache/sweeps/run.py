@@ -79,11 +79,51 @@ def sweep(
         RecipeError: A trial failed, and `spec` has no `keep_going`.
         ApecacheError: Any other error of `fit_head`.
     """
+    out = as_path(out, "out")
+    require_spec(spec, SweepSpec, "spec", optional=True)
+    spec = spec or SweepSpec()
+    order = run_trials(
+        store,
+        space=space,
+        out=out,
+        spec=spec,
+        progress=progress,
+        make_trial_batch=make_trial_batch,
+    )
+    best = order[0]
+    logger.info("sweep in %s: the best of %d trials is %d", out, len(order), best.number)
+    run = out / "best"
+    recipe = space.recipe(best.values)
+    if not _is_run_of(run, recipe):
+        # A finished run is of an earlier best trial, and is replaced; an unfinished one resumes.
+        fit_head(
+            store,
+            recipe=recipe,
+            out=run,
+            spec=replace(spec.fit, overwrite=(run / DESCRIPTION).is_file()),
+        )
+    command = _command(store, best=best, fit=spec.fit, run=run)
+    replace_text(out / COMMAND, f"{command}\n")
+    return SweepReport(folder=out, run=run, best=best, command=command, trials=order)
+
+
+def run_trials(
+    store: FeatureStore,
+    space: Space,
+    out: Path,
+    spec: SweepSpec,
+    progress: Callable[[Trial], None] = lambda _: None,
+    make_trial_batch: Callable[..., TrialBatch] = TrialBatch,
+) -> tuple[Trial, ...]:
+    """Run or resume the trials of a sweep, and fit no run.
+
+    Arguments and errors are those of `sweep`.
+
+    Returns:
+        All trials, the best on dev first. The first one did not fail.
+    """
     require_type(store, FeatureStore, "store")
     require_type(space, Space, "space")
-    require_spec(spec, SweepSpec, "spec", optional=True)
-    out = as_path(out, "out")
-    spec = spec or SweepSpec()
     if min(spec.n_trials, spec.seeds, spec.population, spec.rungs) < 1:
         raise OptionError("n_trials, seeds, population and rungs must be at least 1")
     data = load_data(store, spec.fit, spec.memory_bytes)
@@ -103,25 +143,12 @@ def sweep(
                 planned = plan_trials(trial_batch, numbers, points)
                 trial_batch.run(planned)
         order = ranked(trials)
-    best = order[0]
-    if best.mean is None:
+    if order[0].mean is None:
         raise RunError(
-            f"none of {counted(len(order), 'trial')} succeeded; the first failed with: {best.error}"
+            f"none of {counted(len(order), 'trial')} succeeded; the first failed with: "
+            f"{order[0].error}"
         )
-    logger.info("sweep in %s: the best of %d trials is %d", out, len(order), best.number)
-    run = out / "best"
-    recipe = space.recipe(best.values)
-    if not _is_run_of(run, recipe):
-        # A finished run is of an earlier best trial, and is replaced; an unfinished one resumes.
-        fit_head(
-            store,
-            recipe=recipe,
-            out=run,
-            spec=replace(spec.fit, overwrite=(run / DESCRIPTION).is_file()),
-        )
-    command = _command(store, best=best, fit=spec.fit, run=run)
-    replace_text(out / COMMAND, f"{command}\n")
-    return SweepReport(folder=out, run=run, best=best, command=command, trials=tuple(order))
+    return tuple(order)
 
 
 def load_data(store: FeatureStore, fit: FitSpec, memory_bytes: int) -> SweepData:
@@ -172,6 +199,8 @@ def _identity(store: FeatureStore, space: Space, spec: SweepSpec) -> Fingerprint
     recipes = {}
     for name in space.recipes:
         recipes[name] = space.recipe({"recipe": name}).model_dump(mode="json")
+    if space.first:
+        settings["first"] = space.first
     described = {"data": store.digest, "space": dimensions, "recipes": recipes, **settings}
     # Through JSON, so that tuples equal the lists of an identity that was read.
     return Fingerprint(fields=json.loads(json.dumps(described)))

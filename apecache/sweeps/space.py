@@ -98,10 +98,17 @@ class Space:
     Args:
         dimensions: By the names of settings, as `--set` takes them.
         recipes: Names or files. Several of them are the first dimension, `recipe`.
+        first: Points that the random sampler tries before it draws, such as a recipe as it is.
     """
 
-    def __init__(self, dimensions: Mapping[str, Dimension], recipes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        dimensions: Mapping[str, Dimension],
+        recipes: Sequence[str],
+        first: Sequence[Values] = (),
+    ) -> None:
         self.recipes = list(recipes)
+        self.first = [dict(values) for values in first]
         several = {"recipe": Dimension(choice=tuple(recipes))} if len(self.recipes) > 1 else {}
         self.dimensions = {**several, **dimensions}
         self._bases = {name: load_recipe(name).model_dump(mode="json") for name in self.recipes}
@@ -116,6 +123,8 @@ class Space:
 
     def draw(self, seed: int, number: int) -> Values:
         """Draw the random point of this number; it does not depend on earlier draws."""
+        if number < len(self.first):
+            return dict(self.first[number])
         numbers = random.Random(f"{seed}/{number}")
         return self.choose(lambda _, dimension: dimension.draw(numbers))
 

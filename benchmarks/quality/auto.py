@@ -4,7 +4,8 @@
     python -m benchmarks.quality.auto --quick            # made-up features and no time, for a smoke test
 
 The search and three seeds of `projection` train on the same images. The winner is measured on val, which
-nothing trained or chose on, and compared with `projection` by a paired interval.
+nothing trained or chose on, and compared with `projection` by a paired interval. The decisions of the
+search, on images of the training split that were kept aside, stand in the last rows.
 """
 
 import argparse
@@ -91,7 +92,7 @@ def compared(
     options: argparse.Namespace,
     work: Path,
 ) -> list[dict[str, Any]]:
-    """The winner beside the default on its first choice of features, then the rungs."""
+    """The winner beside the default on its first choice of features, then rungs and decisions."""
     image = store.array("image", (options.image_features or [None])[0])
     text = store.array("text", (options.text_features or [None])[0])
     answers: list[RetrievalHits] = []
@@ -119,9 +120,21 @@ def compared(
     rungs = [
         {"case": rung.name, "chosen": rung.outcome, "seconds": round(rung.seconds)}
         for rung in report.rungs
-        if rung.name != "refit"
+        if rung.name not in ("decision", "refit")
     ]
-    return [first, *rungs]
+    decisions = [
+        {
+            "case": "decision",
+            "chosen": f"{decision.candidate} against {decision.against}",
+            "paired": round(decision.difference.difference, 2),
+            "low": round(decision.difference.low, 2),
+            "high": round(decision.difference.high, 2),
+            "level": round(decision.level, 4),
+            "replaced": decision.replaced,
+        }
+        for decision in report.decisions
+    ]
+    return [first, *rungs, *decisions]
 
 
 def answered(run: Path, store: FeatureStore) -> RetrievalHits:

@@ -4,14 +4,16 @@
     python -m benchmarks.quality.curate --quick            # made-up features, for a smoke test
 
 A seeded share of the training captions is exchanged among images. `apecache.auto.curate` ranks all
-training captions, and heads are fitted on the clean pairs, on all pairs, and on the kept ones. Dev
-captions are never exchanged. Val is only reported.
+training captions by each of `--detectors`: a closed form, and heads trained in each fold. Heads are
+fitted on the clean pairs, on all pairs, and on those that each detector keeps. Dev captions are never
+exchanged. Val is only reported.
 """
 
 import argparse
 import json
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from benchmarks.record import Goal, print_goals, print_table, write_result
 
 DEV = "dev"
 VAL = "val"
+KEPT = "kept by"
 
 
 def main() -> None:
@@ -45,22 +48,26 @@ def main() -> None:
         store = FeatureStore.open(made_up(work) if options.quick else options.store)
         clean, _ = rewritten(store, options=options, folder=work / "clean", share=0.0)
         noisy, wrong = rewritten(store, options=options, folder=work / "noisy", share=options.share)
-        found = detected(noisy, wrong, folder=work / "curated", n_folds=options.folds)
+        cases: list[tuple[str, FeatureStore, Path | None]] = [
+            ("clean", clean, None),
+            ("exchanged", noisy, None),
+        ]
+        found: list[dict[str, Any]] = []
+        for name in options.detectors:
+            folder = work / f"curated-{name}"
+            found.append(detected(noisy, wrong, name, folder=folder, n_folds=options.folds))
+            cases.append((f"{KEPT} {name}", noisy, folder / KEEP))
         rows: list[dict[str, Any]] = []
         for name in options.recipes:
-            for case, of_store, keep in (
-                ("clean", clean, None),
-                ("exchanged", noisy, None),
-                ("exchanged, kept", noisy, work / "curated" / KEEP),
-            ):
+            for case, of_store, keep in cases:
                 rows.append(measured(name, case, of_store, keep, options.seeds, work))
-    print_table([found])
+    print_table(found)
     print_table(rows)
     met = goals(found, rows)
     if not options.quick:
         print_goals(met)
     if options.json or not options.quick:
-        write_result("quality-curate", goals=met, rows=[found, *rows], path=options.json)
+        write_result("quality-curate", goals=met, rows=[*found, *rows], path=options.json)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,6 +77,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text-features", help="which, if the store has several")
     parser.add_argument("--share", type=float, default=0.1, help="of the captions, exchanged")
     parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument(
+        "--detectors",
+        nargs="+",
+        default=["cca", "projection"],
+        help="recipes of the heads that rank captions",
+    )
     parser.add_argument("--recipes", nargs="+", default=["cca", "projection"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -79,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.seeds = 1
+        options.detectors = ["cca"]
         options.recipes = ["cca"]
     elif not options.store:
         parser.error("--store is needed (or --quick)")
@@ -126,14 +140,24 @@ def rewritten(
 def detected(
     store: FeatureStore,
     wrong: NDArray[np.bool_],
+    name: str,
     folder: Path,
     n_folds: int,
 ) -> dict[str, Any]:
-    """The row of the detection, from the folder if it is there."""
+    """The row of the detection by a recipe, from the folder if it is there."""
     path = folder / "detection.json"
     if not path.is_file():
-        report = curate(store, folder, CurateSpec(device="cpu", n_folds=n_folds))
-        path.write_text(json.dumps(detection(report, wrong)))
+        begin = time.process_time()
+        spec = CurateSpec(recipe=name, device="cpu", n_folds=n_folds)
+        report = curate(store, folder, spec)
+        cpu_seconds = round(time.process_time() - begin, 1)
+        row_of_recipe = {
+            "case": "detection",
+            "recipe": name,
+            **detection(report, wrong),
+            "CPU seconds": cpu_seconds,
+        }
+        path.write_text(json.dumps(row_of_recipe))
     row: dict[str, Any] = json.loads(path.read_text())
     return row
 
@@ -144,7 +168,6 @@ def detection(report: CurateReport, wrong: NDArray[np.bool_]) -> dict[str, Any]:
     flagged = report.scores.posterior >= 0.5
     hits = int((flagged & truth).sum())
     return {
-        "case": "detection",
         "captions": len(truth),
         "exchanged": int(truth.sum()),
         "average precision": round(
@@ -173,7 +196,7 @@ def measured(
     recipe = load_recipe(name)
     ones: list[float] = []
     for seed in range(seeds if recipe.has_steps else 1):
-        run = work / "runs" / f"{name}-{case.replace(', ', '-')}-{seed}"
+        run = work / "runs" / f"{name}-{case.replace(' ', '-')}-{seed}"
         if not (run / DESCRIPTION).is_file():
             run.parent.mkdir(exist_ok=True)
             spec = FitSpec(splits=SplitSpec(dev=DEV), seed=seed, device="cpu", keep=keep)
@@ -190,26 +213,28 @@ def measured(
     }
 
 
-def goals(found: dict[str, Any], rows: list[dict[str, Any]]) -> list[Goal]:
-    """The keep list is to win back some of what the exchange costs."""
-    met = [
-        Goal(
-            name="average precision of exchanged captions",
-            value=found["average precision"],
+def goals(found: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[Goal]:
+    """Each keep list is to win back some of what the exchange costs."""
+    met: list[Goal] = []
+    for row in found:
+        precision = Goal(
+            name=f"average precision of exchanged captions, by {row['recipe']}",
+            value=row["average precision"],
             target=0.8,
             better="higher",
         )
-    ]
+        met.append(precision)
     for name in dict.fromkeys(row["recipe"] for row in rows):
         of_case = {row["case"]: row["mean R@1"] for row in rows if row["recipe"] == name}
-        met.append(
-            Goal(
-                name=f"{name}: mean R@1 with the keep list",
-                value=of_case["exchanged, kept"],
-                target=of_case["exchanged"],
-                better="higher",
-            )
-        )
+        for case, recall in of_case.items():
+            if case.startswith(KEPT):
+                goal = Goal(
+                    name=f"{name}: mean R@1 with the pairs {case}",
+                    value=recall,
+                    target=of_case["exchanged"],
+                    better="higher",
+                )
+                met.append(goal)
     return met
 
 

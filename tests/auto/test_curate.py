@@ -91,6 +91,15 @@ def test_a_run_gives_recipe_features_and_split(planted: Planted, tmp_path: Path)
         curate(planted.store, tmp_path / "out", CurateSpec(run=tmp_path))
 
 
+def test_trained_heads_of_a_recipe_score_out_of_fold(planted: Planted, tmp_path: Path) -> None:
+    spec = CurateSpec(recipe="projection", n_folds=2, device="cpu")
+    found = curate(planted.store, tmp_path, spec)
+    wrong = planted.wrong[found.text_rows]
+    assert average_precision_score(wrong, found.scores.wrong_share) > 0.7
+    with pytest.raises(RecipeError, match="within the towers"):
+        curate(planted.store, tmp_path, CurateSpec(recipe="lit", device="cpu"))
+
+
 def test_a_fit_trains_on_the_kept_pairs_alone(
     planted: Planted,
     report: CurateReport,

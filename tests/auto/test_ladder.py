@@ -10,10 +10,13 @@ import torch
 from planted_pairs import Planted
 
 import apecache.auto.ladder as ladder
+import apecache.auto.search_fits as search_fits
 from apecache.auto.budget import open_state, parse_duration
 from apecache.auto.ladder import AutoReport, AutoSpec, auto_heads
 from apecache.errors import MismatchError, OptionError, RunError
+from apecache.evaluate.comparison import METRICS
 from apecache.evaluate.embeddings import embed_store
+from apecache.metrics.protocols import retrieval_hits
 from apecache.report.auto_page import write_auto_page
 from apecache.runs.heads import load_heads
 from apecache.store.equal import equal_images
@@ -23,7 +26,16 @@ from apecache.train.keep_list import read_keep_list
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-RUNGS = ["features", "closed forms", "default", "sweep", "ensemble", "decision", "refit"]
+RUNGS = [
+    "features",
+    "closed forms",
+    "default",
+    "sweep",
+    "best trial again",
+    "ensembles",
+    "decision",
+    "refit",
+]
 SPEC = AutoSpec(budget_seconds=0.01, splits=SplitSpec(dev="val"), device="cpu")
 
 
@@ -38,7 +50,9 @@ def test_every_rung_says_what_it_tried_and_what_is_left(report: AutoReport) -> N
     assert all(rung.tried and rung.outcome for rung in report.rungs)
     assert report.rungs[-1].left_seconds == 0
     assert len(report.rungs[0].tried) == 3  # each image encoder, and both together
+    assert report.rungs[2].outcome.startswith("projection, 2 seeds")
     assert report.rungs[3].outcome.startswith("4 trials")
+    assert any(entry.startswith("gated as it is") for entry in report.rungs[3].tried)
 
 
 def test_the_winner_is_an_ordinary_run(report: AutoReport, clean: Planted) -> None:
@@ -56,8 +70,9 @@ def test_nothing_trained_on_the_images_that_decide(report: AutoReport, clean: Pl
     assert n_left_out == report.n_confirm_images == 26
     for folder in (report.out / "members").iterdir():
         assert load_heads(folder).training["n_train_images"] == 260 - 26
-    if report.chosen != "ensemble":
-        assert load_heads(report.run).training["n_train_images"] == 260
+    training = load_heads(report.run).training
+    for single in training.get("combined", [training]):
+        assert single["n_train_images"] == 260
 
 
 def test_copies_of_an_image_are_kept_aside_together(write_store: Any, tmp_path: Path) -> None:
@@ -91,18 +106,37 @@ def test_copies_of_an_image_are_kept_aside_together(write_store: Any, tmp_path: 
     assert np.array_equal(search.dev, choose_splits(store.pairs, SplitSpec(), content_ids)[1])
 
 
-def test_a_candidate_replaces_a_simpler_one_only_with_an_interval_above_0(
-    report: AutoReport,
-) -> None:
-    assert [decision.candidate for decision in report.decisions] == [
-        "projection",
-        "sweep",
-        "ensemble",
-    ]
-    for decision in report.decisions:
-        assert decision.replaced == (decision.difference.low > 0)
+def test_candidates_compete_from_simple_to_complex(report: AutoReport) -> None:
+    names = [decision.candidate for decision in report.decisions]
+    assert names[:3] == ["projection", "sweep", "2 seeds of projection"]
+    assert {decision.level for decision in report.decisions} == {1 - 0.05 / len(names)}
     last = report.decisions[-1]
     assert report.chosen == (last.candidate if last.replaced else last.against)
+
+
+def test_dev_images_are_candidates_of_the_decision_but_no_queries(
+    report: AutoReport,
+    clean: Planted,
+) -> None:
+    identity = json.loads((report.out / "auto.json").read_text())["identity"]
+    state = open_state(report.out, identity, 1.0)
+    search = ladder._Search(clean.store, SPEC, state, lambda _: None)
+    run = report.out / "members" / "closed-procrustes"
+    hits = search._hits([run])
+    alone = embed_store(load_heads(run), clean.store, among=search.confirm)
+    terms = METRICS["mean R@1"]
+    easier = retrieval_hits(alone.image, alone.text, alone.image_of_text)
+    assert hits.n_images == search.confirm.sum() == 26
+    assert hits.value(terms) < easier.value(terms)
+
+
+def test_the_seed_that_chose_a_trial_does_not_judge_it(report: AutoReport) -> None:
+    seeds: dict[str, set[int]] = {"projection": set(), "trial": set()}
+    for folder in (report.out / "members").iterdir():
+        name = folder.name.split("-")[0]
+        if name in seeds:
+            seeds[name].add(load_heads(folder).training["seed"])
+    assert seeds == {"projection": {0, 1}, "trial": {1, 2}}
 
 
 def test_a_finished_search_is_read_again_and_fits_nothing(
@@ -113,7 +147,7 @@ def test_a_finished_search_is_read_again_and_fits_nothing(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("fitted again")
 
-    monkeypatch.setattr(ladder, "fit_head", refuse)
+    monkeypatch.setattr(search_fits, "fit_head", refuse)
     again = auto_heads(clean.store, report.out, SPEC)
     assert again.chosen == report.chosen
     assert again.commands == report.commands
@@ -125,7 +159,7 @@ def test_an_interrupted_search_resumes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    fit = ladder.fit_head
+    fit = search_fits.fit_head
     n_fits = 0
 
     def fail_after_five(*args: object, **settings: object) -> object:
@@ -135,7 +169,7 @@ def test_an_interrupted_search_resumes(
             raise KeyboardInterrupt
         return fit(*args, **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ladder, "fit_head", fail_after_five)
+    monkeypatch.setattr(search_fits, "fit_head", fail_after_five)
     with pytest.raises(KeyboardInterrupt):
         auto_heads(clean.store, tmp_path / "out", SPEC)
     state = json.loads((tmp_path / "out" / "auto.json").read_text())

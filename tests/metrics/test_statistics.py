@@ -297,3 +297,23 @@ def test_drawn_signs_agree_with_the_binomial_of_equal_differences() -> None:
         exact,
         abs=0.004,
     )  # 10,000 draws: 0.0012 of standard error
+
+
+def test_the_answers_of_some_images_make_up_those_of_all() -> None:
+    hits = simulate(1, np.random.default_rng(0))[0]
+    first = np.arange(hits.n_images) < 50
+    few = hits.among(first)
+    many = hits.among(~first)
+    assert (few.n_images, many.n_images) == (50, hits.n_images - 50)
+    joined = (50 * few.value(TERM) + many.n_images * many.value(TERM)) / hits.n_images
+    assert joined == pytest.approx(hits.value(TERM))
+    assert few.value(TERM) != many.value(TERM)
+
+
+def test_a_higher_level_widens_the_interval_of_a_difference() -> None:
+    generator = np.random.default_rng(0)
+    runs = [simulate(3, generator), simulate(3, generator)]
+    usual = compare_hits(*runs, metric="mean R@1", chance=1.0)
+    wider = compare_hits(*runs, metric="mean R@1", chance=1.0, level=0.99)
+    assert wider.low < usual.low < usual.high < wider.high
+    assert wider.difference == usual.difference

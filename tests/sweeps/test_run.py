@@ -186,6 +186,16 @@ def test_rungs_say_how_early_the_first_stop_is(
     assert sorted(trial.epochs for trial in found.trials) == epochs
 
 
+def test_trials_of_every_population_train_to_the_last_epoch(
+    store: FeatureStore,
+    tmp_path: Path,
+) -> None:
+    spec = SweepSpec(9, halving=True, rungs=2, population=2, fit=CPU)
+    found = sweep(store, space=make_space(tmp_path), out=tmp_path / "out", spec=spec)
+    # Three trials reach the last rung, in two populations.
+    assert [trial.epochs for trial in found.trials if trial.state == "done"] == [9] * 3
+
+
 def test_several_seeds_count_by_their_mean_with_an_interval(
     store: FeatureStore,
     tmp_path: Path,
