@@ -187,8 +187,8 @@ def batches(
         device=pairs.place,
         views=pairs.text_views,
     )
-    image_lengths = _gather_lengths(pairs.image_lengths, rows.order, size, pairs.place)
-    text_lengths = _gather_lengths(
+    image_lengths = gather_lengths(pairs.image_lengths, rows.order, size, pairs.place)
+    text_lengths = gather_lengths(
         pairs.text_lengths,
         rows=rows.captions.flatten(),
         size=size * captions,
@@ -307,7 +307,7 @@ def _same_place(features: Tensor, device: torch.device) -> bool:
     return features.device == device
 
 
-def _gather_lengths(
+def gather_lengths(
     lengths: Tensor | None,
     rows: Tensor,
     size: int,

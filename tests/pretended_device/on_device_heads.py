@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from populations import DEV, TRAIN, make, pairs, solo
+from populations import DEV, TRAIN, make, pairs, solo, with_tokens
 from pretended_device.register import DEVICE, Counts, Graph, largest_distance
 from recipes import SMALL
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from apecache.device import generator_states, seeded_generators
 from apecache.heads.head import embed
 from apecache.recipes.recipe import Recipe, load_recipe, zoo_names
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.population import Population, train_together
-from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
 from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model
@@ -45,23 +45,6 @@ def on_device(on_host: FeaturePairs) -> FeaturePairs:
         image_lengths=moved(on_host.image_lengths),
         text_lengths=moved(on_host.text_lengths),
         device=DEVICE,
-    )
-
-
-def with_tokens(pooled: FeaturePairs) -> FeaturePairs:
-    """Each feature as up to four tokens."""
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(features: Tensor) -> Tensor:
-        noise = torch.randn(len(features), 4, features.shape[1], generator=generator)
-        return noise + features.unsqueeze(1)
-
-    return replace(
-        pooled,
-        image=tokens(pooled.image),
-        text=tokens(pooled.text),
-        image_lengths=torch.randint(2, 5, (len(pooled.image),), generator=generator),
-        text_lengths=torch.randint(2, 5, (len(pooled.text),), generator=generator),
     )
 
 

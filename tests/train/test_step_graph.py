@@ -16,8 +16,8 @@ from torch import Tensor
 
 from apecache.sweeps.population import member_group as module
 from apecache.sweeps.population import population as population_module
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.population import train_together
-from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
 from apecache.train.fit import HeadFit
 from apecache.train.step_graph import StepGraph, recorder_of, try_to_record

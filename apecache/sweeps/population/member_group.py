@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from apecache.device import float32_products, send
 from apecache.heads.head import EnsembleHead
+from apecache.heads.tokens import masked_mean
 from apecache.losses.registry import TILED_FROM, structure_weight
 from apecache.recipes.recipe import AugmentationSpec
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.stacked_adam import StackedAdam, can_share_adam
 from apecache.sweeps.population.stacked_batches import StackedBatch, draw_stacked
-from apecache.sweeps.population.stacked_heads import (
-    MemberGenerators,
-    StackedHeads,
-    StackedParameter,
-)
+from apecache.sweeps.population.stacked_heads import StackedHeads
 from apecache.sweeps.population.stacked_losses import (
     Gradients,
     batched_info_nce,
@@ -30,6 +28,7 @@ from apecache.sweeps.population.stacked_losses import (
     stacked_info_nce,
     stacked_sigmoid,
 )
+from apecache.sweeps.population.stacked_parameter import StackedParameter
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs
 from apecache.train.fit import HeadFit, StepCount
@@ -176,7 +175,7 @@ class MemberGroup:
         """Return the recorded step, recorded now if need be; None where the device refuses."""
         if standardized not in self.graphs:
             assert self.recorder is not None
-            step = self._recorded_step(standardized)
+            step = self._recorded_step(standardized, micro_batches)
             graph = StepGraph(step, _inputs(micro_batches, scalars), self.recorder)
             # Not tried again: a device that refuses once refuses every time.
             if not graph.is_recorded:
@@ -185,16 +184,22 @@ class MemberGroup:
             self.graphs[standardized] = graph
         return self.graphs[standardized]
 
-    def _recorded_step(self, standardized: bool) -> Callable[[Sequence[Tensor]], Tensor]:
-        """Return `_whole_step` of plain batches, without anything that only the host can do."""
-        no_groups = (None,) * len(self.members)
+    def _recorded_step(
+        self,
+        standardized: bool,
+        micro_batches: Sequence[StackedBatch],
+    ) -> Callable[[Sequence[Tensor]], Tensor]:
+        """Return `_whole_step` of plain batches, without anything that only the host can do.
+
+        Args:
+            standardized: As of `take_steps`.
+            micro_batches: Batches that have masks where those of the step have them.
+        """
 
         def step(inputs: Sequence[Tensor]) -> Tensor:
             scalars, *features = inputs
-            batches = [
-                StackedBatch(image=image, text=text, groups=no_groups)
-                for image, text in zip(features[::2], features[1::2], strict=True)
-            ]
+            tensors = iter(features)
+            batches = [batch.with_tensors(tensors) for batch in micro_batches]
             return self._whole_step(batches, standardized, scalars)
 
         return step
@@ -245,7 +250,7 @@ class MemberGroup:
 
     def _add_gradients(self, batch: StackedBatch, standardized: bool) -> Tensor:
         seen_batch = self._seen(batch)
-        image, text = self._forward(seen_batch.image, seen_batch.text, standardized)
+        image, text = self._forward(seen_batch, standardized)
         if self._are_plain(seen_batch):
             contrast = self._contrast(image, text)
         elif self._are_sigmoid(seen_batch):
@@ -283,10 +288,10 @@ class MemberGroup:
             and len(divergences) == 1
         )
 
-    def _forward(self, image: Tensor, text: Tensor, standardized: bool) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: StackedBatch, standardized: bool) -> tuple[Tensor, Tensor]:
         image_heads, text_heads = self.heads
-        image_embedding = image_heads.forward(image, standardized)
-        text_embedding = text_heads.forward(text, standardized)
+        image_embedding = image_heads.forward(batch.image, batch.image_mask, standardized)
+        text_embedding = text_heads.forward(batch.text, batch.text_mask, standardized)
         return image_embedding, text_embedding
 
     def _backward(self, losses: Tensor, by_image: Tensor, by_text: Tensor) -> Tensor:
@@ -362,7 +367,10 @@ class MemberGroup:
         numbers = send(torch.tensor([weights, temperatures]), image.device)
         weight, temperature = numbers.unbind()
         losses, gradients = batched_structure(
-            [(batch.image, image), (batch.text, text)],
+            [
+                (_compared(batch.image, batch.image_mask), image),
+                (_compared(batch.text, batch.text_mask), text),
+            ],
             weight=weight,
             temperature=temperature,
             divergence=specs[0].structure_divergence,
@@ -430,11 +438,11 @@ def _bias_of(bias: nn.Parameter | None) -> nn.Parameter:
 
 
 def _inputs(micro_batches: Sequence[StackedBatch], scalars: Tensor | None) -> list[Tensor]:
-    """List the numbers of the update, then images and texts of each accumulation in turn."""
+    """List the numbers of the update, then the tensors of each accumulation in turn."""
     assert scalars is not None
     tensors = [scalars]
     for batch in micro_batches:
-        tensors += [batch.image, batch.text]
+        tensors += batch.tensors()
     return tensors
 
 
@@ -453,6 +461,15 @@ def _is_whole(member: HeadFit, kind: str) -> bool:
     loss = member.recipe.loss
     is_ensemble = isinstance(member.model.image, EnsembleHead)
     return loss.kind == kind and not loss.matryoshka and not is_ensemble
+
+
+def _compared(features: Tensor, masks: Tensor | None) -> Tensor:
+    """Return what the structure term compares, [k, n, dim]: of tokens their mean."""
+    if features.ndim == 3:
+        return features
+    mask = None if masks is None else masks.flatten(0, 1)
+    pooled = masked_mean(features.flatten(0, 1).float(), mask)
+    return pooled.unflatten(0, (len(features), -1))
 
 
 def _fits_whole(batch: StackedBatch) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from apecache.sweeps.population.stacked_heads import StackedParameter
+from apecache.sweeps.population.stacked_parameter import StackedParameter
 from apecache.train.fit import HeadFit, StepCount
 from apecache.train.loop import rates_at
 
