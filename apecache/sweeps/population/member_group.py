@@ -17,7 +17,6 @@ from apecache.heads.tokens import masked_mean
 from apecache.losses.registry import TILED_FROM, structure_weight
 from apecache.recipes.recipe import AugmentationSpec
 from apecache.sweeps.population.member_generators import MemberGenerators
-from apecache.sweeps.population.stacked_adam import StackedAdam, can_share_adam
 from apecache.sweeps.population.stacked_batches import StackedBatch, draw_stacked
 from apecache.sweeps.population.stacked_heads import StackedHeads
 from apecache.sweeps.population.stacked_losses import (
@@ -28,6 +27,7 @@ from apecache.sweeps.population.stacked_losses import (
     stacked_info_nce,
     stacked_sigmoid,
 )
+from apecache.sweeps.population.stacked_optimizer import StackedOptimizer, can_share_optimizer
 from apecache.sweeps.population.stacked_parameter import StackedParameter
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs
@@ -81,9 +81,9 @@ class MemberGroup:
         bounds = torch.tensor([model.temperature.bounds for model in models])
         self.lowest, self.highest = bounds.to(device).unbind(1)
         self.updates: list[Callable[[], object]] = []
-        self.shared: StackedAdam | None = None
-        if few_launches and can_share_adam(members):
-            self.shared = StackedAdam(members, self._stacks())
+        self.shared: StackedOptimizer | None = None
+        if few_launches and can_share_optimizer(members):
+            self.shared = StackedOptimizer(members, self._stacks())
         # A recorded step runs the same kernels again: only the values of its inputs may differ.
         self.recorder = recorder_of(device) if self._can_be_recorded() else None
         self.graphs: dict[bool, StepGraph] = {}

@@ -99,6 +99,10 @@ STRUCTURES = {
     "lion": ["optimizer.kind=lion", "optimizer.lr=0.001"],
     "sgd": ["optimizer.kind=sgd"],
     "fixed temperature": ["loss.learnable=false"],
+    "decayed temperature": [
+        "loss.temperature_parameter=temperature",
+        "optimizer.decay_scalars=true",
+    ],
     "temperature itself": ["loss.temperature_parameter=temperature", "optimizer.kind=sgd"],
 }
 
