@@ -484,9 +484,6 @@ def _positives(batch: StackedBatch) -> Tensor:
         return torch.eye(n_rows, dtype=torch.bool, device=batch.image.device)[None]
     # The others have groups of one.
     own_row = torch.arange(batch.image.shape[1], device=batch.image.device)
-    masks: list[Tensor] = []
-    for groups in batch.groups:
-        images = own_row if groups is None else groups.image
-        texts = own_row if groups is None else groups.text
-        masks.append(images.unsqueeze(1) == texts.unsqueeze(0))
-    return torch.stack(masks)
+    images = [own_row if groups is None else groups.image for groups in batch.groups]
+    texts = [own_row if groups is None else groups.text for groups in batch.groups]
+    return torch.stack(images).unsqueeze(2) == torch.stack(texts).unsqueeze(1)

@@ -284,7 +284,8 @@ class StackedDropout:
         else:
             ones = x.new_ones(x.shape[1:])
             masks = [self._mask(self.streams, i, ones) for i in range(len(self.rates))]
-            self.masks = torch.stack(masks)
+            # A group of one needs no copy.
+            self.masks = torch.stack(masks) if len(masks) > 1 else masks[0].unsqueeze(0)
         return x * self.masks
 
     def backward(self, gradient: Tensor, by_input: bool) -> Tensor:

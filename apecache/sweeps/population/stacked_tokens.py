@@ -129,6 +129,8 @@ class _FoldedLinear(nn.Linear):
     """Map [k * n, …, in] to [k * n, …, out] by weights [k, out, in]."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(self.weight) == 1:
+            return F.linear(x, self.weight[0], None if self.bias is None else self.bias[0])
         rows = _by_member(x, self.weight)
         weight = self.weight.mT
         if self.bias is None:
@@ -142,6 +144,9 @@ class _FoldedNorm(nn.LayerNorm):
     """Normalize [k * n, …, dim], then scale and shift by weights and biases [k, dim]."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(self.weight) == 1:
+            # One pass over the tokens instead of three.
+            return F.layer_norm(x, self.normalized_shape, self.weight[0], self.bias[0], self.eps)
         normed = F.layer_norm(x, self.normalized_shape, eps=self.eps)
         rows = _by_member(normed, self.weight)
         y = torch.addcmul(self.bias.unsqueeze(1), rows, self.weight.unsqueeze(1))
