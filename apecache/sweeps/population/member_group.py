@@ -469,7 +469,8 @@ def _compared(features: Tensor, masks: Tensor | None) -> Tensor:
         return features
     mask = None if masks is None else masks.flatten(0, 1)
     pooled = masked_mean(features.flatten(0, 1).float(), mask)
-    return pooled.unflatten(0, (len(features), -1))
+    by_member: Tensor = pooled.unflatten(0, (len(features), -1))
+    return by_member
 
 
 def _fits_whole(batch: StackedBatch) -> bool:

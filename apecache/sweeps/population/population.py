@@ -5,8 +5,8 @@ done member by member with the code of the ordinary trainer: optimizer, schedule
 augmentation, batches, evaluation. A member that is done, dropped or no longer finite leaves the
 stack, and the stack shrinks.
 
-One exception: the bias of a layer before a batch norm changes no output, and its gradient is
-rounding alone, which Adam amplifies. This bias may end elsewhere.
+Two exceptions: the bias of a layer before a batch norm and that of the keys of an attention change
+no output. Their gradients are rounding alone, which Adam amplifies: they may end elsewhere.
 """
 
 import time

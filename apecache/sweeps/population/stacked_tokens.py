@@ -85,7 +85,8 @@ class StackedTokenHead:
         with torch.enable_grad():
             embedded = functional_call(self.folded, self.leaves, (rows, row_mask))
             self.embedded: Tensor = embedded.unflatten(0, (n_members, -1))
-        return self.embedded.detach()
+        detached: Tensor = self.embedded.detach()
+        return detached
 
     def backward(self, gradient: Tensor) -> None:
         trained = [name for name, stack in self.stacks.items() if stack.trained]
@@ -129,14 +130,16 @@ class _FoldedLinear(nn.Linear):
     """Map [k * n, …, in] to [k * n, …, out] by weights [k, out, in]."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # torch's types do not know that a layer may be without a bias.
+        bias: Tensor | None = self.bias
         if len(self.weight) == 1:
-            return F.linear(x, self.weight[0], None if self.bias is None else self.bias[0])
+            return F.linear(x, self.weight[0], None if bias is None else bias[0])
         rows = _by_member(x, self.weight)
         weight = self.weight.mT
-        if self.bias is None:
+        if bias is None:
             y = torch.bmm(rows, weight)
         else:
-            y = torch.baddbmm(self.bias.unsqueeze(1), rows, weight)
+            y = torch.baddbmm(bias.unsqueeze(1), rows, weight)
         return y.view(*x.shape[:-1], -1)
 
 
