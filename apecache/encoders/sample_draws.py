@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from apecache.device import CPU, send
+
 WORD_BITS = 64
 LANES = 4
 """Draws of 16 bits in one word."""
@@ -39,13 +41,26 @@ class SampleDraws(TorchFunctionMode):
             is drawn for has this length, or k times this length with the k rows of a sample one
             after another.
         n_draws: how many draws of the forward pass came before.
+        device: of the tensors that are drawn for.
     """
 
-    def __init__(self, seed: int, samples: range, n_draws: int = 0) -> None:
+    def __init__(
+        self,
+        seed: int,
+        samples: range,
+        n_draws: int = 0,
+        device: torch.device = CPU,
+    ) -> None:
         super().__init__()
         self.seed = seed
         self.samples = samples
         self.n_draws = n_draws
+        self.device = device
+        self.n_samples = len(samples)
+        # Tensors: a compiled model takes them as inputs, where numbers of Python would be
+        # constants, and every step would compile anew.
+        numbers = send(torch.tensor([_signed(seed), samples.start]), device)
+        self._key, self._first = numbers.unbind()
         self._tokens: list[Token[SampleDraws | None]] = []
 
     def __enter__(self) -> "SampleDraws":
@@ -99,14 +114,13 @@ class SampleDraws(TorchFunctionMode):
 
     def _words(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
         """Hash int64 words: of that shape, with a quarter of its last dimension, rounded up."""
-        if len(shape) < 2 or shape[0] % len(self.samples):
+        if len(shape) < 2 or shape[0] % self.n_samples:
             return None
         self.n_draws += 1
-        rows_per_sample = shape[0] // len(self.samples)
-        first_row = rows_per_sample * self.samples.start
-        last_row = rows_per_sample * self.samples.stop
-        key = torch.tensor(_signed(self.seed + self.n_draws * GOLDEN), device=device)
-        rows = torch.arange(first_row + 1, last_row + 1, device=device)
+        rows_per_sample = shape[0] // self.n_samples
+        key = self._key.to(device) + _signed(self.n_draws * GOLDEN)
+        rows = torch.arange(1, shape[0] + 1, device=device)
+        rows = rows + rows_per_sample * self._first.to(device)
         key = _mix(_mix(key) + GOLDEN * rows)
         n_words = -(-shape[-1] // LANES)
         # One dimension after the other: a position's word does not depend on the sizes, so
@@ -126,7 +140,7 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
     if active is None:
         return nullcontext(), nullcontext()
     # n_draws as it is now: the second run begins with the number that the first one begins with.
-    return nullcontext(), SampleDraws(active.seed, active.samples, active.n_draws)
+    return nullcontext(), SampleDraws(active.seed, active.samples, active.n_draws, active.device)
 
 
 # --- the functions that draw ----------------------------------------------------------------------

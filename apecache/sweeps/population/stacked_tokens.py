@@ -133,7 +133,7 @@ class _FoldedLinear(nn.Linear):
         # torch's types do not know that a layer may be without a bias.
         bias: Tensor | None = self.bias
         if len(self.weight) == 1:
-            return F.linear(x, self.weight[0], None if bias is None else bias[0])
+            return F.linear(x, self.weight.squeeze(0), None if bias is None else bias.squeeze(0))
         rows = _by_member(x, self.weight)
         weight = self.weight.mT
         if bias is None:
@@ -149,7 +149,8 @@ class _FoldedNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         if len(self.weight) == 1:
             # One pass over the tokens instead of three.
-            return F.layer_norm(x, self.normalized_shape, self.weight[0], self.bias[0], self.eps)
+            weight = self.weight.squeeze(0)
+            return F.layer_norm(x, self.normalized_shape, weight, self.bias.squeeze(0), self.eps)
         normed = F.layer_norm(x, self.normalized_shape, eps=self.eps)
         rows = _by_member(normed, self.weight)
         y = torch.addcmul(self.bias.unsqueeze(1), rows, self.weight.unsqueeze(1))
