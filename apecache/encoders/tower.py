@@ -216,10 +216,7 @@ class Tower(nn.Module):
     def _call(self, block: nn.Module, hidden: Tensor, context: dict[str, Any]) -> Tensor:
         run: Any = block
         if self.checkpointing:
-            run = partial(checkpoint, block, use_reentrant=False)
-            # A compiled block draws from its inputs alone, in the second run as in the first.
-            if not torch.compiler.is_compiling():
-                run = partial(run, context_fn=checkpoint_contexts)
+            run = partial(checkpoint, block, use_reentrant=False, context_fn=checkpoint_contexts)
         out: Tensor | tuple[Tensor, ...] = run(hidden, **context)
         return out[0] if isinstance(out, tuple) else out
 
