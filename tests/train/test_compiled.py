@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,10 @@ MOST_GRAPHS = 6
 of texts. Six steps of three slices would be 36."""
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "slices" else pytest.mark.slow) for name in CASES],
+)
 def test_a_compiled_fit_ends_where_an_eager_one_ends(
     name: str,
     data: Data,
@@ -142,6 +144,7 @@ def test_a_compiled_fit_ends_where_an_eager_one_ends(
     assert description["used"]["compile"]
 
 
+@pytest.mark.slow
 def test_a_fit_may_be_resumed_with_and_without_compilation(
     data: Data,
     tmp_path: Path,
