@@ -211,6 +211,14 @@ class TowerOptions(OptionGroup):
             rich_help_panel=ADVANCED,
         ),
     ] = "auto"
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the towers with torch.compile. Weights change by rounding only.",
+            rich_help_panel=ADVANCED,
+        ),
+    ] = False
 
     def image_encoder(self) -> "EncoderSpec | None":
         """Return the image encoder; None for the store's."""
@@ -325,6 +333,7 @@ def fit_encoder_spec(
         seed=fit.seed,
         slice_size=towers.slice_size,
         autocast=precision,
+        compile=towers.compiled,
         device=device,
         overwrite=overwrite,
         save_seconds=fit.save_seconds,

@@ -17,7 +17,7 @@ from apecache.device import (
     synchronize,
 )
 from apecache.errors import OptionError
-from apecache.sweeps.population.stacked_heads import MemberGenerators
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.train.fit import seeded
 
 

@@ -32,6 +32,8 @@ A number is a count of blocks: the tokens after them. `end` is the tokens that t
 `own` is the model's own pooled output.
 """
 MAX_COMPILED_SHAPES = 64
+BUCKETS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Lengths in tokens that batches of compiled models are padded to; each is compiled once."""
 States = Callable[[tuple[Tensor, ...], Collection[State]], dict[State, Tensor]]
 """Run one forward pass on the model's inputs and return the requested states."""
 
@@ -266,12 +268,12 @@ def _compiled(
         fullgraph=True,
         # By default the second shape would be compiled for any size, which is slower.
         dynamic=False if inputs == "ids" else None,
-        options=_vector_width(),
+        options=vector_width(),
     )
     return run
 
 
-def _vector_width() -> dict[str, str | int | bool | Callable[..., Any]]:
+def vector_width() -> dict[str, str | int | bool | Callable[..., Any]]:
     """Return the vector width that TorchInductor chooses on this processor, as its option.
 
     Its cache on disk keeps code that was written for one width, under a key that has the options
@@ -326,6 +328,17 @@ def pad_ids(ids: Sequence[Sequence[int]], pad_id: int, length: int = 1) -> tuple
         batch[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[row, : len(sequence)] = 1
     return batch, mask
+
+
+def bucket_length(length: int, most: int) -> int:
+    """Return the length that a batch of a compiled model is padded to.
+
+    Args:
+        length: tokens of the longest text of the batch.
+        most: tokens that a text may have.
+    """
+    bucket = next((bucket for bucket in BUCKETS if bucket >= length), length)
+    return max(length, min(bucket, most))
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor | None, pooling: Pooling, n_prefix: int = 0) -> Tensor:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from apecache.device import CPU, send
+
 WORD_BITS = 64
 LANES = 4
 """Draws of 16 bits in one word."""
@@ -39,14 +41,27 @@ class SampleDraws(TorchFunctionMode):
             every tensor that is drawn for has this length, or k times this length with the k rows
             of a sample one after another.
         n_draws: how many draws of the forward pass came before.
+        device: of the tensors that are drawn for.
     """
 
-    def __init__(self, seed: int, samples: Sequence[int], n_draws: int = 0) -> None:
+    def __init__(
+        self,
+        seed: int,
+        samples: Sequence[int],
+        n_draws: int = 0,
+        device: torch.device = CPU,
+    ) -> None:
         super().__init__()
         self.seed = seed
         self.samples = samples
         self.n_draws = n_draws
-        self._row_numbers: dict[tuple[int, torch.device], Tensor] = {}
+        self.device = device
+        self.n_samples = len(samples)
+        # Tensors: a compiled model takes them as inputs, where numbers of Python would be
+        # constants, and every step would compile anew.
+        numbers = send(torch.tensor([_signed(seed), *samples]), device)
+        self._key = numbers[0]
+        self._samples = numbers[1:]
         self._tokens: list[Token[SampleDraws | None]] = []
 
     def __enter__(self) -> "SampleDraws":
@@ -100,11 +115,11 @@ class SampleDraws(TorchFunctionMode):
 
     def _words(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
         """Hash int64 words: of that shape, with a quarter of its last dimension, rounded up."""
-        if len(shape) < 2 or shape[0] % len(self.samples):
+        if len(shape) < 2 or shape[0] % self.n_samples:
             return None
         self.n_draws += 1
-        key = torch.tensor(_signed(self.seed + self.n_draws * GOLDEN), device=device)
-        rows = self._rows(shape[0] // len(self.samples), device)
+        key = self._key.to(device) + _signed(self.n_draws * GOLDEN)
+        rows = self._rows(shape[0] // self.n_samples, device)
         key = _mix(_mix(key) + GOLDEN * rows)
         n_words = -(-shape[-1] // LANES)
         # One dimension after the other: a position's word does not depend on the sizes, so
@@ -116,12 +131,8 @@ class SampleDraws(TorchFunctionMode):
 
     def _rows(self, rows_per_sample: int, device: torch.device) -> Tensor:
         """Number the rows of the samples in the whole batch, from 1."""
-        # Kept: every draw of a forward pass needs them, and on a GPU making them is a copy.
-        if (rows_per_sample, device) not in self._row_numbers:
-            first_rows = torch.tensor(self.samples).unsqueeze(1) * rows_per_sample
-            rows = (first_rows + torch.arange(1, rows_per_sample + 1)).flatten()
-            self._row_numbers[rows_per_sample, device] = rows.to(device)
-        return self._row_numbers[rows_per_sample, device]
+        first_rows = rows_per_sample * self._samples.to(device).unsqueeze(1)
+        return (first_rows + torch.arange(1, rows_per_sample + 1, device=device)).flatten()
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -133,7 +144,7 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
     if active is None:
         return nullcontext(), nullcontext()
     # n_draws as it is now: the second run begins with the number that the first one begins with.
-    return nullcontext(), SampleDraws(active.seed, active.samples, active.n_draws)
+    return nullcontext(), SampleDraws(active.seed, active.samples, active.n_draws, active.device)
 
 
 # --- the functions that draw ----------------------------------------------------------------------

@@ -12,7 +12,13 @@ from functools import cached_property, partial
 import numpy as np
 from torch import Tensor
 
-from apecache.encoders.encoder import TextEncoder, TextPass, compile_texts, encode_texts
+from apecache.encoders.encoder import (
+    TextEncoder,
+    TextPass,
+    bucket_length,
+    compile_texts,
+    encode_texts,
+)
 from apecache.errors import RowError
 from apecache.extraction.encode import (
     Advance,
@@ -27,9 +33,6 @@ from apecache.extraction.encode import (
 from apecache.extraction.segments import Inputs
 from apecache.fingerprint import content_hash
 from apecache.store.layout import ArrayLayout
-
-BUCKETS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""Lengths in tokens that batches of compiled models are padded to; each is compiled once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +87,7 @@ def _padded(length: int, layout: ArrayLayout, encoder: TextEncoder) -> int:
     padded = max(length, encoder.length or 1)
     if not layout.compiled:
         return padded
-    bucket = next((bucket for bucket in BUCKETS if bucket >= padded), padded)
-    return max(padded, min(bucket, encoder.max_tokens))
+    return bucket_length(padded, encoder.max_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,12 +119,16 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         projections = self.keys_values(self.norm(x)).chunk(2, dim=-1)
         k, v = (_split_heads(projection, self.n_heads) for projection in projections)
-        q = _split_heads(self.query.expand(len(x), 1, -1), self.n_heads)
+        q = _split_heads(self._queries(len(x)), self.n_heads)
         attention_mask = None if mask is None else mask[:, None, None, :]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
         merged = attended.transpose(1, 2).flatten(1)
         y: Tensor = self.last(self.dropout(merged))
         return y
+
+    def _queries(self, n: int) -> Tensor:
+        """Return the query of each of n rows, [n, 1, in_dim]."""
+        return self.query.expand(n, 1, -1)
 
 
 class Anchors(nn.Module):
@@ -143,13 +147,21 @@ class Anchors(nn.Module):
         self.dropout = nn.Dropout(spec.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        scores = _cosines(self.dropout(self.norm(x)), self.anchors)
-        attention = self.log_scale.exp() * scores
+        scores = self._scores(self.dropout(self.norm(x)))
+        attention = self._scales(len(x)) * scores
         if mask is not None:
             # Padding takes no share of the attention.
             attention = attention.masked_fill(~mask.unsqueeze(-1), -torch.inf)
         y: Tensor = (attention.softmax(1) * scores).sum(1)
         return y
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """Return the cosines of tokens and anchors, [n, tokens, dim] -> [n, tokens, out_dim]."""
+        return _cosines(x, self.anchors)
+
+    def _scales(self, _: int) -> Tensor:
+        """Return the factor of the cosines, which broadcasts to [n, tokens, out_dim]."""
+        return self.log_scale.exp()
 
 
 class Projector(nn.Module):

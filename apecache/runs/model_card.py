@@ -248,6 +248,8 @@ def _used_rows(training: Mapping[str, Json], recipe: Recipe) -> Iterator[Row]:
         yield "batches in a step", f"{used['accumulate']:,}"
     if used.get("slice_size"):
         yield "pairs in memory at once", f"{used['slice_size']:,}"
+    if used.get("compile"):
+        yield "towers in training", "compiled by torch.compile"
     if training.get("autocast"):
         yield "computation of the towers", str(training["autocast"])
     for name, value in (training.get("closed_form") or {}).items():

@@ -16,13 +16,13 @@ from apecache.metrics.retrieval import chance_recalls
 from apecache.recipes.recipe import Recipe
 from apecache.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from apecache.storage.replace import replace_text
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.population import (
     members_state,
     restore_members,
     split_members,
     train_together,
 )
-from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.sweeps.samplers import ask_optuna
 from apecache.sweeps.space import Space, Values
 from apecache.sweeps.trials import Trial, interval, log_trial, write_trials
@@ -229,6 +229,7 @@ class TrialBatch:
         positions_of_groups = split_members(
             fits_to_train,
             plans=[StepCount.of(member.recipe, self.data.train) for member in fits_to_train],
+            train=self.data.train,
             most=self.spec.population,
             max_bytes=self.spec.memory_bytes,
         )

@@ -187,8 +187,8 @@ def batches(
         device=pairs.place,
         views=pairs.text_views,
     )
-    image_lengths = _gather_lengths(pairs.image_lengths, rows.order, size, pairs.place)
-    text_lengths = _gather_lengths(
+    image_lengths = gather_lengths(pairs.image_lengths, rows.order, size, pairs.place)
+    text_lengths = gather_lengths(
         pairs.text_lengths,
         rows=rows.captions.flatten(),
         size=size * captions,
@@ -307,7 +307,7 @@ def _same_place(features: Tensor, device: torch.device) -> bool:
     return features.device == device
 
 
-def _gather_lengths(
+def gather_lengths(
     lengths: Tensor | None,
     rows: Tensor,
     size: int,
@@ -340,18 +340,19 @@ def groups_of(
         batch_rows = zip(block_order.split(size), block_captions.split(size), strict=True)
         numbers = [_group_numbers(pairs, rows, captions) for rows, captions in batch_rows]
         grouped = [batch_numbers for batch_numbers in numbers if batch_numbers is not None]
-        on_device: Iterator[Tensor] = iter(())
+        on_device: Iterator[tuple[Tensor, Tensor]] = iter(())
         if grouped:
-            on_device = iter(send(torch.stack(grouped), pairs.place).unbind())
+            images = send(torch.stack(grouped), pairs.place)
+            texts = images.unsqueeze(2).expand(-1, -1, n_captions).flatten(1)
+            on_device = zip(images.unbind(), texts.unbind(), strict=True)
         for batch_numbers in numbers:
             if batch_numbers is None:
                 yield None
                 continue
-            image = next(on_device)
-            text = image.unsqueeze(1).expand(-1, n_captions).flatten()
-            group_sizes = torch.bincount(batch_numbers)
+            image, text = next(on_device)
+            group_sizes = np.bincount(batch_numbers.numpy())
             # Each image of a group with all captions of the group.
-            n_pairs = n_captions * int(group_sizes.square().sum())
+            n_pairs = n_captions * int(np.square(group_sizes).sum())
             yield Groups(image=image, text=text, n_pairs=n_pairs)
 
 

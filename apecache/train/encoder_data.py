@@ -72,6 +72,11 @@ class FitEncoderSpec:
     autocast: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype in which the towers compute. Parameters stay float32. `auto`: bfloat16 on CUDA, else
     float32."""
+    compile: bool = False
+    """Whether torch.compile compiles the towers for training.
+
+    Weights change by rounding only, so that a fit may be resumed with or without it.
+    """
     device: str = "auto"
     """Device of the fit."""
     overwrite: bool = False

@@ -202,6 +202,12 @@ def require_sensible(recipe: Recipe, spec: FitEncoderSpec, ranks: Ranks) -> None
     """
     if spec.slice_size is not None and spec.slice_size < 1:
         raise OptionError(f"slices of {spec.slice_size} pairs; expected at least 1")
+    if spec.compile and recipe.towers.checkpointing:
+        # torch traces a checkpointed block past the context in which dropout draws by sample.
+        raise OptionError(
+            f"recipe {recipe.name}: compile and towers.checkpointing do not go together; leave one "
+            "of them out, and save memory by slices (--slice)"
+        )
     if recipe.trains_heads_alone:
         raise RecipeError(f"recipe {recipe.name} trains heads alone; use fit-head, which is faster")
     _require_known(recipe)

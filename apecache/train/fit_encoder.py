@@ -28,6 +28,7 @@ from apecache.runs.model_card import save_encoder_card
 from apecache.storage.replace import remove_tensors
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import n_items
+from apecache.train.compiled import require_compiler
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.encoder_setup import PreparedFit, require_sensible, set_up
 from apecache.train.fit import StepCount, seeded
@@ -110,7 +111,8 @@ def fit_encoder(
         MismatchError: `out` holds another interrupted fit, or the heads to begin with are of other
             encoders or shapes.
         IncompleteError, DamagedError: The store is incomplete or damaged.
-        EncoderError: An encoder cannot be loaded.
+        EncoderError: An encoder cannot be loaded, or `compile` is set on a machine that cannot
+            compile.
         RecipeError: The rules, splits or widths do not work.
         OptionError: The settings contradict each other.
         DataError: An image is unreadable, a loss is not finite, or a check of `apecache lint`
@@ -128,6 +130,8 @@ def fit_encoder(
     with joined(device) as ranks:
         require_sensible(recipe, spec, ranks)
         require_usable(out, spec.overwrite, FILES)
+        if spec.compile:
+            require_compiler(device)
         return _fit(
             store,
             recipe=recipe,
@@ -290,7 +294,11 @@ def _describe(
     }
     return {
         **setup.opened.describe(trained),
-        "used": {**used, "slice_size": setup.opened.spec.slice_size},
+        "used": {
+            **used,
+            "slice_size": setup.opened.spec.slice_size,
+            "compile": setup.opened.spec.compile,
+        },
         "best_epoch": report.best_epoch,
         "dev": asdict(report.dev),
         "n_trained_parameters": report.n_trained_parameters,

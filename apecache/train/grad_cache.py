@@ -185,7 +185,7 @@ def _seeded(
     """
     with seeded_generators(seed, device):
         before = generator_states(device)
-        with SampleDraws(seed, slice_positions):
+        with SampleDraws(seed, slice_positions, device=device):
             embedded = encode(slice_positions)
         # Changed states show that a layer drew otherwise than by sample.
         if not whole_batch and not all(map(torch.equal, before, generator_states(device))):

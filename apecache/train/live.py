@@ -17,7 +17,7 @@ from apecache.data.augment import Views
 from apecache.data.decoding import MAX_THREADS
 from apecache.data.images import Picture, open_picture
 from apecache.device import send
-from apecache.encoders.encoder import TextEncoder
+from apecache.encoders.encoder import TextEncoder, bucket_length
 from apecache.encoders.preprocess import Preprocess
 from apecache.encoders.whole_view import WholeView, whole_view
 from apecache.errors import DataError, RowError
@@ -73,6 +73,8 @@ class TokenInputs:
     """int64 [rows], number of valid tokens; None: all are valid."""
     device: torch.device
     """Device of the tower."""
+    in_buckets: bool = False
+    """Whether batches have one of a few lengths, for a compiled tower."""
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return tokens [n, length, dim], float32, cut to the longest row, and their mask."""
@@ -81,6 +83,8 @@ class TokenInputs:
             return self.features[index].to(self.device).float(), None
         lengths = self.n_valid[index]
         longest = int(lengths.max())
+        if self.in_buckets:
+            longest = bucket_length(longest, self.features.shape[1])
         mask = (torch.arange(longest) < lengths.unsqueeze(1)).long()
         # Cast on the device: tokens that are stored in float16 are half the bytes to send.
         tokens = self.features[index, :longest].to(self.device).float()
@@ -99,6 +103,8 @@ class TextInputs:
     """Token ids of all captions."""
     encoder: TextEncoder
     """Encoder that tokenized them."""
+    in_buckets: bool = False
+    """Whether batches have one of a few lengths, for a compiled tower."""
 
     @staticmethod
     def of(encoder: TextEncoder, captions: Sequence[str]) -> "TextInputs":
@@ -107,7 +113,11 @@ class TextInputs:
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Return token ids and their mask, both [n, length], padded to the longest row."""
-        return self.encoder.pad([self.ids[row] for row in rows])
+        ids = [self.ids[row] for row in rows]
+        if not self.in_buckets:
+            return self.encoder.pad(ids)
+        longest = max(map(len, ids), default=1)
+        return self.encoder.pad(ids, bucket_length(longest, self.encoder.max_tokens))
 
     def lengths(self, rows: Sequence[int]) -> list[int]:
         """Return the tokens of each row."""

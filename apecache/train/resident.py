@@ -3,6 +3,7 @@
 Rows are selected while they are read, so that no array is in memory twice.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -130,13 +131,28 @@ def fit_bytes(recipe: Recipe, image: SideRows, text: SideRows) -> int:
 
 def _activation_bytes(head: Head, spec: HeadSpec, side: SideRows, passes: int) -> int:
     """Estimate what one row takes on its way through a head, in bytes."""
+    return passes * FLOAT_BYTES * activation_numbers(head, spec, side.row_shape)
+
+
+def activation_numbers(head: Head, spec: HeadSpec, row_shape: tuple[int, ...]) -> int:
+    """Estimate the numbers of one row in a head: features, inputs and outputs of all layers.
+
+    Args:
+        head: The head.
+        spec: Its description.
+        row_shape: (dim,), (tokens, dim) or (views, dim).
+    """
+    n_vectors = math.prod(row_shape[:-1])
     # The features as they were read, and standardized.
-    width = 2 * side.row_shape[-1]
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            width += module.in_features + module.out_features
-    n_scores = spec.n_heads * side.n_vectors**2 if spec.cut == "tokens" else 0
-    return passes * FLOAT_BYTES * (side.n_vectors * width + n_scores)
+    width = 2 * row_shape[-1] + layer_widths(head)
+    n_scores = spec.n_heads * n_vectors**2 if spec.cut == "tokens" else 0
+    return n_vectors * width + n_scores
+
+
+def layer_widths(head: nn.Module) -> int:
+    """Add up the widths of the inputs and outputs of all layers."""
+    # Anchors are a matrix too, without a layer around it.
+    return sum(sum(matrix.shape) for matrix in head.parameters() if matrix.ndim == 2)
 
 
 def _closed_form_bytes(recipe: Recipe, image: SideRows, text: SideRows) -> int:

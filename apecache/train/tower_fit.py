@@ -18,10 +18,11 @@ from apecache.models.dual_encoder import EncoderModel, Side
 from apecache.models.shared_encoder import SharedSide
 from apecache.recipes.recipe import Recipe
 from apecache.train.batches import Batch, FeaturePairs
+from apecache.train.compiled import compiled_outputs
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit import Fit
 from apecache.train.grad_cache import backward_in_slices, gather_slices, slices_of
-from apecache.train.live import ImageInputs, Inputs
+from apecache.train.live import ImageInputs, Inputs, TextInputs, TokenInputs
 from apecache.train.ranks import Ranks
 
 EVALUATION_BATCH = 64
@@ -47,7 +48,11 @@ class EncoderFit(Fit[EncoderModel]):
         self.inputs = inputs
         self.spec = spec
         self.ranks = ranks
-        self.seen = _as_seen(inputs, image_views(recipe, spec, inputs))
+        self.seen = _as_seen(inputs, image_views(recipe, spec, inputs), spec.compile)
+        self.outputs = (model.image.outputs, model.text.outputs)
+        self.compiled = self.outputs
+        if spec.compile:
+            self.compiled = (compiled_outputs(model.image), compiled_outputs(model.text))
         self.next_rows: _Rows | None = None
 
     def add_gradients(self, batch: Batch, accumulate: int) -> Tensor:
@@ -57,6 +62,8 @@ class EncoderFit(Fit[EncoderModel]):
         # Each of several slices is encoded twice, one pass after the other.
         slices = self._slices(rows)
         upcoming = iter([*slices[1:], *(slices if len(slices) > 1 else [])])
+        # The operations of the first step are counted, which those of a compiled model cannot be.
+        image_outputs, text_outputs = self.outputs if self.step_flops is None else self.compiled
 
         def encode(positions: Sequence[int]) -> tuple[Tensor, Tensor]:
             image_inputs, image_rows = self._images(rows, positions)
@@ -69,8 +76,8 @@ class EncoderFit(Fit[EncoderModel]):
                 self._read(self.next_rows, self._slices(self.next_rows)[0])
             with self._autocast():
                 # The loss is computed in float32, also where the tower computes in bfloat16.
-                image = self.model.image.outputs(*pixels).float()
-            text = self._run(self.model.text, self.seen[1], rows.texts_of(positions))
+                image = image_outputs(*pixels).float()
+                text = text_outputs(*self.seen[1].take(rows.texts_of(positions))).float()
             return image, text
 
         def loss(image: Tensor, text: Tensor) -> Tensor:
@@ -145,12 +152,6 @@ class EncoderFit(Fit[EncoderModel]):
             dev.image_of_text.to(image.device),
             relevance=relevance,
         )
-
-    def _run(self, side: Side | SharedSide, source: Inputs, rows: Sequence[int]) -> Tensor:
-        """Return the training outputs of a side for these rows, float32."""
-        with self._autocast():
-            # The loss is computed in float32, also where the tower computes in bfloat16.
-            return side.outputs(*source.take(rows)).float()
 
     def _embed(self, side: Side | SharedSide, source: Inputs, rows: Sequence[int]) -> Tensor:
         """Return the embeddings of these rows, [n, dim], each process encoding its share."""
@@ -237,13 +238,24 @@ def image_views(
     )
 
 
-def _as_seen(inputs: tuple[Inputs, Inputs], views: Views | None) -> tuple[Inputs, Inputs]:
-    """Return the inputs as training sees them, with image views."""
-    if views is None:
-        return inputs
-    image, text = inputs
-    assert isinstance(image, ImageInputs)
-    return image.augmented(views, epoch=0), text
+def _as_seen(
+    inputs: tuple[Inputs, Inputs],
+    views: Views | None,
+    in_buckets: bool,
+) -> tuple[Inputs, Inputs]:
+    """Return the inputs as training sees them: with image views, and in lengths of a few kinds."""
+    image, text = (_in_buckets(side) for side in inputs) if in_buckets else inputs
+    if views is not None:
+        assert isinstance(image, ImageInputs)
+        image = image.augmented(views, epoch=0)
+    return image, text
+
+
+def _in_buckets(inputs: Inputs) -> Inputs:
+    """Return inputs whose batches have few shapes, each of which is compiled."""
+    if isinstance(inputs, TextInputs | TokenInputs):
+        return replace(inputs, in_buckets=True)
+    return inputs
 
 
 def _on(groups: Groups | None, device: torch.device) -> Groups | None:

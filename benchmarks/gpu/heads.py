@@ -14,8 +14,8 @@ from apecache.heads.head import embed
 from apecache.losses.contrastive import info_nce
 from apecache.losses.tiled import tiled_info_nce
 from apecache.recipes.recipe import Recipe, load_recipe, zoo_names
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.population import Population
-from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
 from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from apecache.device import resolve_device
 from apecache.recipes.recipe import load_recipe, zoo_names
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.population import Population, stack_key
-from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
 from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apecache.recipes.recipe import Recipe
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.population import Population, train_together
-from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
 from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model

@@ -21,7 +21,7 @@ from apecache.data.media import FolderMedia
 from apecache.data.pairs import Pair, PairSource
 from apecache.data.sources import open_pairs
 from apecache.device import CPU
-from apecache.encoders.encoder import ImageEncoder, TextEncoder
+from apecache.encoders.encoder import BUCKETS, ImageEncoder, TextEncoder
 from apecache.encoders.load import load_image_encoder, load_text_encoder
 from apecache.encoders.spec import parse_encoder
 from apecache.extraction.encode import (
@@ -397,7 +397,7 @@ def test_compiled_batches_have_one_shape_for_each_length(
     sizes: dict[int, set[int]] = {}
     for size, length in shapes:
         sizes.setdefault(length, set()).add(size)
-        assert length in texts.BUCKETS or length == bert.max_tokens
+        assert length in BUCKETS or length == bert.max_tokens
     assert all(len(of_length) == 1 for of_length in sizes.values())
     assert all(max(of_length) * length <= 96 for length, of_length in sizes.items())
     assert cosines(found, features(text_job(captions, bert, 1))).min() > 0.99999

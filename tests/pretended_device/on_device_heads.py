@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from populations import DEV, TRAIN, make, pairs, solo
+from populations import DEV, TRAIN, make, pairs, solo, with_tokens
 from pretended_device.register import DEVICE, Counts, Graph, largest_distance
 from recipes import SMALL
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from apecache.device import generator_states, seeded_generators
 from apecache.heads.head import embed
 from apecache.recipes.recipe import Recipe, load_recipe, zoo_names
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.population import Population, train_together
-from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
 from apecache.train.fit import HeadFit, StepCount, seeded
 from apecache.train.initial import initial_model
@@ -45,23 +45,6 @@ def on_device(on_host: FeaturePairs) -> FeaturePairs:
         image_lengths=moved(on_host.image_lengths),
         text_lengths=moved(on_host.text_lengths),
         device=DEVICE,
-    )
-
-
-def with_tokens(pooled: FeaturePairs) -> FeaturePairs:
-    """Each feature as up to four tokens."""
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(features: Tensor) -> Tensor:
-        noise = torch.randn(len(features), 4, features.shape[1], generator=generator)
-        return noise + features.unsqueeze(1)
-
-    return replace(
-        pooled,
-        image=tokens(pooled.image),
-        text=tokens(pooled.text),
-        image_lengths=torch.randint(2, 5, (len(pooled.image),), generator=generator),
-        text_lengths=torch.randint(2, 5, (len(pooled.text),), generator=generator),
     )
 
 
@@ -320,3 +303,34 @@ def test_other_losses_of_a_population_never_wait_and_end_where_fits_alone_end(
     for i, member in enumerate(members):
         alone = solo([*settings, f"optimizer.lr={0.01 * (i + 1)}"], i, pairs(160, 0, False))
         assert largest_distance(weights(member), weights(alone)) < 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["freeze-align", "anchors", "transformer"])
+def test_a_population_on_tokens_never_waits_and_ends_where_fits_alone_end(kind: str) -> None:
+    settings = ["schedule.epochs=3"]
+    for side in ("image", "text"):
+        settings += [f"{side}.kind={kind}", f"{side}.n_heads=2"]
+    on_host = with_tokens(pairs(160, 0))
+    train = on_device(on_host)
+    cases = [[*settings, f"optimizer.lr={0.002 * (i + 1)}"] for i in range(3)]
+    made = [make(case, i, train) for i, case in enumerate(cases)]
+    members = [training for training, _ in made]
+    plan = made[0][1]
+    population = Population(members, MemberGenerators.seeded([1, 2, 3], DEVICE), plan)
+    replays = Graph.replays
+    population.take_steps(train)
+    for member in members:
+        member.epoch = 1
+        member.in_epoch = 0
+    with Counts() as counts:
+        population.take_steps(train)
+    assert counts.waits == {}
+    assert counts.races == []
+    assert Graph.replays > replays
+    for i, member in enumerate(members):
+        alone, _ = make(cases[i], i, on_host)
+        for _ in range(2):
+            alone.in_epoch = 0
+            take_steps(alone, draw_epoch(alone, on_host, plan), plan)
+        found = embeddings(member, train)
+        assert largest_distance(found, embeddings(alone, on_host)) < 10 * TOLERANCE

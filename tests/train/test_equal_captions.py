@@ -19,8 +19,8 @@ from apecache.recipes.recipe import Recipe, load_recipe
 from apecache.runs.folder import read_history
 from apecache.runs.heads import load_heads
 from apecache.store.reader import FeatureStore
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.population import train_together
-from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.augment import mixed_groups
 from apecache.train.batches import FeaturePairs, SplitSpec, batches, require_images
 from apecache.train.fit import HeadFit, StepCount, seeded

@@ -6,20 +6,19 @@ same numbers, and asking a tensor for its value is an error.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from populations import DEV, TRAIN, distance, losses, make, pairs, solo
+from populations import DEV, TRAIN, distance, losses, make, pairs, solo, together, with_tokens
 from tapes import Records
 from torch import Tensor
 
 from apecache.sweeps.population import member_group as module
 from apecache.sweeps.population import population as population_module
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.population import train_together
-from apecache.sweeps.population.stacked_heads import MemberGenerators
 from apecache.train.batches import FeaturePairs
-from apecache.train.fit import HeadFit
 from apecache.train.step_graph import StepGraph, recorder_of, try_to_record
 
 CPU = torch.device("cpu")
@@ -35,24 +34,6 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[Records]:
     monkeypatch.setattr(population_module, "is_accelerator", lambda device: True)
     yield found
     torch.set_num_threads(before)
-
-
-def together(cases: Sequence[Sequence[str]], train: FeaturePairs = TRAIN) -> list[HeadFit]:
-    made = [make(settings, seed, train) for seed, settings in enumerate(cases)]
-    members = [training for training, _ in made]
-    streams = MemberGenerators.seeded([s + 1 for s in range(len(made))], CPU)
-    assert (
-        train_together(
-            members,
-            streams=streams,
-            train=train,
-            dev=DEV,
-            plan=made[0][1],
-            n_epochs=1000,
-        )
-        == {}
-    )
-    return members
 
 
 def cases_of(*settings: str, count: int = 3) -> list[list[str]]:
@@ -81,10 +62,11 @@ def cases_of(*settings: str, count: int = 3) -> list[list[str]]:
         ("schedule.accumulate=2",),
         ("optimizer.ema=0.9",),
         ("optimizer.kind=adam", "loss.learnable=false"),
+        ("optimizer.kind=lion",),
         ("image.kind=gated", "image.depth=1"),
         ("image.norm=batch", "image.residual=false", "optimizer.eps=1e-1"),
     ],
-    ids=["plain", "accumulated", "averaged", "adam", "gated", "batch norm"],
+    ids=["plain", "accumulated", "averaged", "adam", "lion", "gated", "batch norm"],
 )
 def test_members_whose_steps_are_replayed_equal_their_solo_runs(
     records: Records,
@@ -101,10 +83,23 @@ def test_members_whose_steps_are_replayed_equal_their_solo_runs(
         assert losses(member) == pytest.approx(losses(alone), rel=1e-4)
 
 
+def test_steps_on_tokens_are_replayed_with_the_masks_of_their_own_batches(records: Records) -> None:
+    train = with_tokens(TRAIN)
+    dev = with_tokens(DEV)
+    sides = ("image.kind=freeze-align", "image.pooling=cls-and-mean", "text.kind=anchors")
+    cases = cases_of(*sides)
+    found = together(cases, train=train, dev=dev)
+    assert records.made >= 1
+    assert records.replayed >= found[0].step - records.made
+    for seed, member in enumerate(found):
+        alone = solo(cases[seed], seed, train, dev)
+        assert distance(member, alone) < 1e-4
+        assert losses(member) == pytest.approx(losses(alone), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        ("optimizer.kind=lion",),
         ("optimizer.kind=sgd",),
         ("loss.kind=sigmoid",),
     ],
@@ -136,7 +131,7 @@ def test_steps_with_equal_images_are_taken_and_the_others_replayed(records: Reco
         content=few,
     )
     cases = cases_of("schedule.batch_size=16")
-    found = together(cases, train)
+    found = together(cases, train=train)
     assert 0 < records.replayed < found[0].step - 1
     assert max(distance(member, solo(cases[i], i, train)) for i, member in enumerate(found)) < 1e-4
 

@@ -13,15 +13,12 @@ from torch import Tensor, nn
 
 from apecache.device import float32_products, send
 from apecache.heads.head import EnsembleHead
+from apecache.heads.tokens import masked_mean
 from apecache.losses.registry import TILED_FROM, structure_weight
 from apecache.recipes.recipe import AugmentationSpec
-from apecache.sweeps.population.stacked_adam import StackedAdam, can_share_adam
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.stacked_batches import StackedBatch, draw_stacked
-from apecache.sweeps.population.stacked_heads import (
-    MemberGenerators,
-    StackedHeads,
-    StackedParameter,
-)
+from apecache.sweeps.population.stacked_heads import StackedHeads
 from apecache.sweeps.population.stacked_losses import (
     Gradients,
     batched_info_nce,
@@ -30,6 +27,8 @@ from apecache.sweeps.population.stacked_losses import (
     stacked_info_nce,
     stacked_sigmoid,
 )
+from apecache.sweeps.population.stacked_optimizer import StackedOptimizer, can_share_optimizer
+from apecache.sweeps.population.stacked_parameter import StackedParameter
 from apecache.train.augment import augment
 from apecache.train.batches import Batch, FeaturePairs
 from apecache.train.fit import HeadFit, StepCount
@@ -82,9 +81,9 @@ class MemberGroup:
         bounds = torch.tensor([model.temperature.bounds for model in models])
         self.lowest, self.highest = bounds.to(device).unbind(1)
         self.updates: list[Callable[[], object]] = []
-        self.shared: StackedAdam | None = None
-        if few_launches and can_share_adam(members):
-            self.shared = StackedAdam(members, self._stacks())
+        self.shared: StackedOptimizer | None = None
+        if few_launches and can_share_optimizer(members):
+            self.shared = StackedOptimizer(members, self._stacks())
         # A recorded step runs the same kernels again: only the values of its inputs may differ.
         self.recorder = recorder_of(device) if self._can_be_recorded() else None
         self.graphs: dict[bool, StepGraph] = {}
@@ -176,7 +175,7 @@ class MemberGroup:
         """Return the recorded step, recorded now if need be; None where the device refuses."""
         if standardized not in self.graphs:
             assert self.recorder is not None
-            step = self._recorded_step(standardized)
+            step = self._recorded_step(standardized, micro_batches)
             graph = StepGraph(step, _inputs(micro_batches, scalars), self.recorder)
             # Not tried again: a device that refuses once refuses every time.
             if not graph.is_recorded:
@@ -185,16 +184,22 @@ class MemberGroup:
             self.graphs[standardized] = graph
         return self.graphs[standardized]
 
-    def _recorded_step(self, standardized: bool) -> Callable[[Sequence[Tensor]], Tensor]:
-        """Return `_whole_step` of plain batches, without anything that only the host can do."""
-        no_groups = (None,) * len(self.members)
+    def _recorded_step(
+        self,
+        standardized: bool,
+        micro_batches: Sequence[StackedBatch],
+    ) -> Callable[[Sequence[Tensor]], Tensor]:
+        """Return `_whole_step` of plain batches, without anything that only the host can do.
+
+        Args:
+            standardized: As of `take_steps`.
+            micro_batches: Batches that have masks where those of the step have them.
+        """
 
         def step(inputs: Sequence[Tensor]) -> Tensor:
             scalars, *features = inputs
-            batches = [
-                StackedBatch(image=image, text=text, groups=no_groups)
-                for image, text in zip(features[::2], features[1::2], strict=True)
-            ]
+            tensors = iter(features)
+            batches = [batch.with_tensors(tensors) for batch in micro_batches]
             return self._whole_step(batches, standardized, scalars)
 
         return step
@@ -245,7 +250,7 @@ class MemberGroup:
 
     def _add_gradients(self, batch: StackedBatch, standardized: bool) -> Tensor:
         seen_batch = self._seen(batch)
-        image, text = self._forward(seen_batch.image, seen_batch.text, standardized)
+        image, text = self._forward(seen_batch, standardized)
         if self._are_plain(seen_batch):
             contrast = self._contrast(image, text)
         elif self._are_sigmoid(seen_batch):
@@ -283,10 +288,10 @@ class MemberGroup:
             and len(divergences) == 1
         )
 
-    def _forward(self, image: Tensor, text: Tensor, standardized: bool) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: StackedBatch, standardized: bool) -> tuple[Tensor, Tensor]:
         image_heads, text_heads = self.heads
-        image_embedding = image_heads.forward(image, standardized)
-        text_embedding = text_heads.forward(text, standardized)
+        image_embedding = image_heads.forward(batch.image, batch.image_mask, standardized)
+        text_embedding = text_heads.forward(batch.text, batch.text_mask, standardized)
         return image_embedding, text_embedding
 
     def _backward(self, losses: Tensor, by_image: Tensor, by_text: Tensor) -> Tensor:
@@ -362,7 +367,10 @@ class MemberGroup:
         numbers = send(torch.tensor([weights, temperatures]), image.device)
         weight, temperature = numbers.unbind()
         losses, gradients = batched_structure(
-            [(batch.image, image), (batch.text, text)],
+            [
+                (_compared(batch.image, batch.image_mask), image),
+                (_compared(batch.text, batch.text_mask), text),
+            ],
             weight=weight,
             temperature=temperature,
             divergence=specs[0].structure_divergence,
@@ -430,11 +438,11 @@ def _bias_of(bias: nn.Parameter | None) -> nn.Parameter:
 
 
 def _inputs(micro_batches: Sequence[StackedBatch], scalars: Tensor | None) -> list[Tensor]:
-    """List the numbers of the update, then images and texts of each accumulation in turn."""
+    """List the numbers of the update, then the tensors of each accumulation in turn."""
     assert scalars is not None
     tensors = [scalars]
     for batch in micro_batches:
-        tensors += [batch.image, batch.text]
+        tensors += batch.tensors()
     return tensors
 
 
@@ -455,6 +463,16 @@ def _is_whole(member: HeadFit, kind: str) -> bool:
     return loss.kind == kind and not loss.matryoshka and not is_ensemble
 
 
+def _compared(features: Tensor, masks: Tensor | None) -> Tensor:
+    """Return what the structure term compares, [k, n, dim]: of tokens their mean."""
+    if features.ndim == 3:
+        return features
+    mask = None if masks is None else masks.flatten(0, 1)
+    pooled = masked_mean(features.flatten(0, 1).float(), mask)
+    by_member: Tensor = pooled.unflatten(0, (len(features), -1))
+    return by_member
+
+
 def _fits_whole(batch: StackedBatch) -> bool:
     """Return whether a member's logits are computed at once, and not in tiles."""
     return batch.image.shape[1] * batch.text.shape[1] <= TILED_FROM
@@ -467,9 +485,6 @@ def _positives(batch: StackedBatch) -> Tensor:
         return torch.eye(n_rows, dtype=torch.bool, device=batch.image.device)[None]
     # The others have groups of one.
     own_row = torch.arange(batch.image.shape[1], device=batch.image.device)
-    masks: list[Tensor] = []
-    for groups in batch.groups:
-        images = own_row if groups is None else groups.image
-        texts = own_row if groups is None else groups.text
-        masks.append(images.unsqueeze(1) == texts.unsqueeze(0))
-    return torch.stack(masks)
+    images = [own_row if groups is None else groups.image for groups in batch.groups]
+    texts = [own_row if groups is None else groups.text for groups in batch.groups]
+    return torch.stack(images).unsqueeze(2) == torch.stack(texts).unsqueeze(1)

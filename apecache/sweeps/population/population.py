@@ -5,8 +5,8 @@ done member by member with the code of the ordinary trainer: optimizer, schedule
 augmentation, batches, evaluation. A member that is done, dropped or no longer finite leaves the
 stack, and the stack shrinks.
 
-One exception: the bias of a layer before a batch norm changes no output, and its gradient is
-rounding alone, which Adam amplifies. This bias may end elsewhere.
+Two exceptions: the bias of a layer before a batch norm and that of the keys of an attention change
+no output. Their gradients are rounding alone, which Adam amplifies: they may end elsewhere.
 """
 
 import time
@@ -16,18 +16,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from apecache.device import is_accelerator, kept_generators
 from apecache.errors import DataError, RunError
 from apecache.fingerprint import Json
-from apecache.heads.head import EnsembleHead
+from apecache.heads.head import EnsembleHead, Head
 from apecache.losses.registry import TILED_FROM
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.member_group import MemberGroup
-from apecache.sweeps.population.stacked_heads import MemberGenerators, structure_of
+from apecache.sweeps.population.stacked_heads import structure_of
 from apecache.train.batches import FeaturePairs
 from apecache.train.fit import HeadFit, StepCount
 from apecache.train.loop import end_epoch, evaluate_untrained, is_done, require_finite, train_epoch
+from apecache.train.resident import activation_numbers, layer_widths
 
 FLOAT_BYTES = 4
 STATES = 5
@@ -43,6 +45,7 @@ STANDARDIZED_BYTES = 2**29
 def split_members(
     members: Sequence[HeadFit],
     plans: Sequence[StepCount],
+    train: FeaturePairs,
     most: int,
     max_bytes: int,
 ) -> list[list[int]]:
@@ -51,6 +54,7 @@ def split_members(
     Args:
         members: The members; those that cannot be stacked get a list each.
         plans: The plan of each member.
+        train: The features to train on.
         most: The largest number of members that train together.
         max_bytes: The memory of members that train together. A single member may need more.
 
@@ -62,7 +66,7 @@ def split_members(
         groups[stack_key(member, plan) or position].append(position)
     slices: list[list[int]] = []
     for positions in groups.values():
-        logit_bytes, bytes_per_member = member_bytes(members[positions[0]])
+        logit_bytes, bytes_per_member = member_bytes(members[positions[0]], train)
         n_fitting = (max_bytes - logit_bytes) // bytes_per_member
         if is_accelerator(members[positions[0]].device):
             # Accelerators compute the logits of all members at once.
@@ -101,32 +105,28 @@ def stack_key(member: HeadFit, plan: StepCount) -> Hashable | None:
     )
 
 
-def member_bytes(member: HeadFit) -> tuple[int, int]:
+def member_bytes(member: HeadFit, train: FeaturePairs) -> tuple[int, int]:
     """Estimate memory: of the logits of a batch, and of everything else of each member.
 
     On a CPU one member at a time needs logits, so that they count once for a population.
     """
+    recipe = member.recipe
+    batch = recipe.schedule.batch_size
     weights = sum(parameter.numel() for parameter in member.model.parameters())
-    logits, activations = activation_counts(member)
     # Larger logits are computed in tiles.
-    n_logits = PASSES * min(logits, TILED_FROM)
+    n_logits = PASSES * min(batch * batch * recipe.loss.captions, TILED_FROM)
+    image = _row_numbers(member.model.image, train.image)
+    text = _row_numbers(member.model.text, train.text)
+    activations = batch * (image + recipe.loss.captions * text)
     n_others = STATES * weights + PASSES * activations
     return n_logits * FLOAT_BYTES, n_others * FLOAT_BYTES
 
 
-def activation_counts(member: HeadFit) -> tuple[int, int]:
-    """Count the numbers in the logits of a batch, and in the inputs and outputs of all layers."""
-    batch = member.recipe.schedule.batch_size
-    captions = member.recipe.loss.captions
-    image = _width(member.model.image)
-    text = _width(member.model.text)
-    n_logits = batch * batch * captions
-    n_activations = batch * (image + captions * text)
-    return n_logits, n_activations
-
-
-def _width(head: nn.Module) -> int:
-    return sum(m.in_features + m.out_features for m in head.modules() if isinstance(m, nn.Linear))
+def _row_numbers(head: Head, features: Tensor) -> int:
+    """Estimate the numbers of one row on its way through a head."""
+    if head.spec.cut == "tokens":
+        return activation_numbers(head, head.spec, tuple(features.shape[1:]))
+    return layer_widths(head)
 
 
 class Population:
@@ -236,7 +236,13 @@ class Population:
 
 def slab_size(member: HeadFit) -> int:
     """Return how many such members have activations that stay in a processor's caches."""
-    _, n_activations = activation_counts(member)
+    recipe = member.recipe
+    heads = (member.model.image, member.model.text)
+    # The tokens of a batch of one member fill the caches.
+    if any(head.spec.cut == "tokens" for head in heads):
+        return 1
+    image, text = map(layer_widths, heads)
+    n_activations = recipe.schedule.batch_size * (image + recipe.loss.captions * text)
     return max(1, SLAB_BYTES // (FLOAT_BYTES * n_activations))
 
 

@@ -1,60 +1,29 @@
 """Members of a population end where fits of their own end."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from populations import CPU, DEV, TRAIN, distance, losses, make, pairs, solo, weights
+from populations import CPU, DEV, TRAIN, distance, losses, make, pairs, solo, together, weights
 
 from apecache.errors import RunError
 from apecache.heads.build import build_head
 from apecache.heads.head import HeadSpec
 from apecache.runs.checkpoint import load_checkpoint, save_checkpoint
+from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.population import (
     Population,
     member_bytes,
     members_state,
     restore_members,
     split_members,
-    stack_key,
     train_together,
 )
-from apecache.sweeps.population.stacked_heads import (
-    MemberGenerators,
-    StackedHeads,
-    structure_of,
-)
-from apecache.train.batches import FeaturePairs
+from apecache.sweeps.population.stacked_heads import StackedHeads, structure_of
 from apecache.train.fit import HeadFit, StepCount, seeded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def together(
-    cases: Sequence[Sequence[str]],
-    n_epochs: int = 1000,
-    train: FeaturePairs = TRAIN,
-) -> list[HeadFit]:
-    """The cases as one population; the place of each is its seed."""
-    made = [make(settings, seed, train) for seed, settings in enumerate(cases)]
-    assert len({stack_key(*member) for member in made}) == 1
-    assert stack_key(*made[0]) is not None
-    members = [training for training, _ in made]
-    streams = MemberGenerators.seeded([s + 1 for s in range(len(made))], CPU)
-    assert (
-        train_together(
-            members,
-            streams=streams,
-            train=train,
-            dev=DEV,
-            plan=made[0][1],
-            n_epochs=n_epochs,
-        )
-        == {}
-    )
-    return members
 
 
 def settings_of(i: int) -> list[str]:
@@ -130,6 +99,10 @@ STRUCTURES = {
     "lion": ["optimizer.kind=lion", "optimizer.lr=0.001"],
     "sgd": ["optimizer.kind=sgd"],
     "fixed temperature": ["loss.learnable=false"],
+    "decayed temperature": [
+        "loss.temperature_parameter=temperature",
+        "optimizer.decay_scalars=true",
+    ],
     "temperature itself": ["loss.temperature_parameter=temperature", "optimizer.kind=sgd"],
 }
 
@@ -397,12 +370,18 @@ def test_members_that_differ_in_structure_or_steps_are_set_apart() -> None:
     made = [make(settings, 0) for settings in different]
     members = [m for m, _ in made]
     plans = [p for _, p in made]
-    assert split_members(members, plans=plans, most=16, max_bytes=2**40) == [[0, 4], [1], [2], [3]]
-    logits, each = member_bytes(members[0])
+    assert split_members(members, plans=plans, train=TRAIN, most=16, max_bytes=2**40) == [
+        [0, 4],
+        [1],
+        [2],
+        [3],
+    ]
+    logits, each = member_bytes(members[0], TRAIN)
     many = [make([], seed) for seed in range(7)]
     split: Any = split_members(
         [m for m, _ in many],
         plans=[p for _, p in many],
+        train=TRAIN,
         most=16,
         max_bytes=logits + 3 * each,
     )
@@ -410,15 +389,23 @@ def test_members_that_differ_in_structure_or_steps_are_set_apart() -> None:
     assert split_members(
         [m for m, _ in many],
         plans=[p for _, p in many],
+        train=TRAIN,
         most=5,
         max_bytes=2**40,
     ) == [[0, 1, 2, 3, 4], [5, 6]]
     assert (
-        len(split_members([m for m, _ in many], plans=[p for _, p in many], most=16, max_bytes=0))
+        len(
+            split_members(
+                [m for m, _ in many],
+                plans=[p for _, p in many],
+                train=TRAIN,
+                most=16,
+                max_bytes=0,
+            )
+        )
         == 7
     )
 
 
-@pytest.mark.parametrize("kind", ["anchors", "dictionary"])
-def test_heads_on_tokens_and_dictionaries_train_alone(kind: Any) -> None:
-    assert structure_of(build_head(HeadSpec(kind=kind, dim=4), 12, 4)) is None
+def test_dictionaries_train_alone() -> None:
+    assert structure_of(build_head(HeadSpec(kind="dictionary", dim=4), 12, 4)) is None
