@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from apecache_cli.app import app
 from typer.testing import CliRunner, Result
 
@@ -48,6 +49,27 @@ def test_lit_from_the_command_line(tiny_store: Path, tmp_path: Path) -> None:
     found: Any = json.loads(call(*arguments, "--overwrite", "--json").stdout.splitlines()[-1])
     assert found["cached"] == ["image"]
     assert found["n_epochs"] == 2
+
+
+def test_towers_are_compiled_where_that_is_asked_for(
+    tiny_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[object] = []
+
+    def kept(run: Any, **_: Any) -> Any:
+        compiled.append(run)
+        return run
+
+    monkeypatch.setattr(torch, "compile", kept)
+    arguments = ["fit-encoder", tiny_store, "--recipe", "lit", "--out", tmp_path / "run", *SHORT]
+    done = call(*arguments, "--compile")
+    assert done.exit_code == 0, done.output
+    # The images are cached: a sum, which shows that this machine can compile, and the texts.
+    assert len(compiled) == 2
+    assert json.loads((tmp_path / "run" / "encoder.json").read_text())["used"]["compile"]
+    assert "torch.compile" in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
