@@ -1,15 +1,18 @@
-"""What training the text tower adds to heads: LiT at convergence, begun with trained heads.
+"""What training the text tower adds to heads: its last blocks, begun with trained heads.
 
     python -m benchmarks.quality.unfrozen --store flickr8k/store --image-features … --text-features … \
-        --text hf:/folder --work runs
+        --tokens … --work runs
     python -m benchmarks.quality.unfrozen --quick            # no tower: only says what would run
 
 For each seed `projection` is fitted on cached features, then `lit-warm.toml` begins with its heads. The
-image side is read from the cache. Train images fit, a seeded 500 of them choose the epoch, val is only
-reported. Runs stay in `--work`; one that was broken off goes on.
+image side is read from the cache; several image features, with commas between, are joined. The text
+tower starts from the cached tokens `--tokens`, or with `--text ENCODER` from the captions. Train images
+fit, a seeded 500 of them choose the epoch, val is only reported. Runs stay in `--work`; one that was
+broken off resumes.
 """
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from apecache.recipes.recipe import load_recipe
 from apecache.runs.encoders import DESCRIPTION as TOWER_RUN
 from apecache.runs.folder import read_history
 from apecache.runs.heads import DESCRIPTION as HEAD_RUN
+from apecache.runs.heads import load_heads
+from apecache.runs.ledger import load_ledger
 from apecache.runs.load import Run, load_run
 from apecache.store.reader import FeatureStore
 from apecache.train.encoder_data import FitEncoderSpec
@@ -34,15 +39,13 @@ from apecache.train.head_data import FitSpec
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 RECIPE = Path(__file__).with_name("lit-warm.toml")
-TARGET = 33.0
-"""Mean R@1 on val, with one cached image encoder."""
 METRIC = "mean R@1"
 
 
 def main() -> None:
     options = parse_arguments()
     torch.set_num_threads(options.threads)
-    recipe = load_recipe(RECIPE, options.set)
+    recipe = load_recipe(RECIPE, settings_of(options))
     if options.quick:
         print(f"{recipe.name}: {recipe.schedule.epochs} epochs of {recipe.schedule.batch_size}")
         return
@@ -65,7 +68,7 @@ def main() -> None:
                     "seconds": round(line["seconds"], 1),
                 }
             )
-    rows = [row_of(name, hits) for name, hits in answers.items()]
+    rows = [row_of(name, hits, costs_of(name, options)) for name, hits in answers.items()]
     difference = compare_hits(
         answers[recipe.name],
         answers["projection"],
@@ -83,7 +86,7 @@ def main() -> None:
         Goal(
             name="text tower trained: mean R@1 on val",
             value=rows[1][METRIC],
-            target=TARGET,
+            target=options.target,
             better="higher",
         )
     ]
@@ -96,7 +99,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--store", type=Path, help="a complete store with splits train and val")
     parser.add_argument("--image-features", help="which, if the store has several")
     parser.add_argument("--text-features", help="which, if the store has several")
-    parser.add_argument("--text", help="the text encoder, as extract takes it")
+    parser.add_argument("--tokens", help="cached tokens that the text tower starts from")
+    parser.add_argument("--text", help="the text encoder, if it runs from the captions")
+    parser.add_argument("--join", default="concat", help="how several image features are joined")
+    parser.add_argument("--target", type=float, default=33.0, help="mean R@1 on val to reach")
+    parser.add_argument("--autocast", default="bfloat16", help="computation of the tower")
     parser.add_argument("--set", action="append", default=[], help="setting of lit-warm.toml")
     parser.add_argument("--slice", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
@@ -105,9 +112,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if not options.quick and not (options.store and options.text and options.work):
-        parser.error("--store, --text and --work are needed (or --quick)")
+    has_tower = bool(options.text) != bool(options.tokens)
+    if not options.quick and not (options.store and has_tower and options.work):
+        parser.error("--store, --work, and --tokens or --text are needed (or --quick)")
     return options
+
+
+def settings_of(options: argparse.Namespace) -> list[str]:
+    """Return the settings of the recipe of the tower."""
+    return [f"image.join={options.join}", *options.set]
 
 
 def fit_both(
@@ -125,17 +138,21 @@ def fit_both(
             seed=seed,
             device="cpu",
         )
-        fit_head(store, recipe="projection", out=heads, spec=spec)
+        recipe = load_recipe("projection", [f"image.join={options.join}"])
+        fit_head(store, recipe=recipe, out=heads, spec=spec)
     if not (towers / TOWER_RUN).is_file():
         tower_spec = FitEncoderSpec(
-            text=parse_encoder(options.text, "text"),
+            text=parse_encoder(options.text, "text") if options.text else None,
             image_features=options.image_features,
+            text_features=options.tokens,
             seed=seed,
             slice_size=options.slice,
+            autocast=options.autocast,
             device="cpu",
             init_from=heads,
         )
-        fit_encoder(store, recipe=load_recipe(RECIPE, options.set), out=towers, spec=tower_spec)
+        recipe = load_recipe(RECIPE, settings_of(options))
+        fit_encoder(store, recipe=recipe, out=towers, spec=tower_spec)
 
 
 def answered(run: Run, store: FeatureStore) -> RetrievalHits:
@@ -149,7 +166,24 @@ def answered(run: Run, store: FeatureStore) -> RetrievalHits:
     )
 
 
-def row_of(name: str, hits: list[RetrievalHits]) -> dict[str, Any]:
+def costs_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the median seconds of the fits of all seeds, and the parameters that one trains."""
+    seconds: list[float] = []
+    n_parameters = 0
+    for seed in range(options.seeds):
+        run = options.work / f"{name}-{seed}"
+        ledger = load_ledger(run)
+        assert ledger is not None
+        seconds.append(ledger.seconds)
+        if (run / HEAD_RUN).is_file():
+            n_parameters = int(load_heads(run).training["n_trained_parameters"])
+        else:
+            description = json.loads((run / TOWER_RUN).read_text(encoding="utf-8"))
+            n_parameters = int(description["n_trained_parameters"])
+    return {"seconds": round(statistics.median(seconds), 1), "parameters": n_parameters}
+
+
+def row_of(name: str, hits: list[RetrievalHits], costs: dict[str, Any]) -> dict[str, Any]:
     i2t = statistics.mean(seed_hits.value([("image_to_text", 1)]) for seed_hits in hits)
     t2i = statistics.mean(seed_hits.value([("text_to_image", 1)]) for seed_hits in hits)
     return {
@@ -157,6 +191,7 @@ def row_of(name: str, hits: list[RetrievalHits]) -> dict[str, Any]:
         "i2t R@1": round(i2t, 2),
         "t2i R@1": round(t2i, 2),
         METRIC: round((i2t + t2i) / 2, 2),
+        **costs,
         "seeds": len(hits),
         "n_images": hits[0].n_images,
     }
