@@ -154,6 +154,7 @@ def detected(
         row_of_recipe = {
             "case": "detection",
             "recipe": name,
+            "folds": n_folds,
             **detection(report, wrong),
             "CPU seconds": cpu_seconds,
         }

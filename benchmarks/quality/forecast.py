@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--store", type=Path, help="a complete store with a split train")
     parser.add_argument("--image-features", help="which, if the store has several")
     parser.add_argument("--text-features", help="which, if the store has several")
-    parser.add_argument("--recipes", nargs="+", default=["cca", "ridge", "projection"])
+    parser.add_argument("--recipes", nargs="+", default=["ridge", "procrustes", "projection"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to keep the recalls in")
