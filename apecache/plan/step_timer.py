@@ -302,9 +302,17 @@ class RandomTexts:
     device: torch.device
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Return ids and mask of these rows, on the device."""
+        """Return ids and mask of these rows, cut to the longest, on the device."""
         index = torch.tensor(rows)
-        return self.ids[index].to(self.device), self.mask[index].to(self.device)
+        longest = max(self.lengths(rows))
+        ids = self.ids[index, :longest]
+        mask = self.mask[index, :longest]
+        return ids.to(self.device), mask.to(self.device)
+
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Return the tokens of each row."""
+        lengths: list[int] = self.mask[torch.tensor(rows)].sum(1).tolist()
+        return lengths
 
 
 def _vocabulary(tower: Tower) -> int:

@@ -233,7 +233,7 @@ def test_batches_of_texts_have_one_of_a_few_lengths() -> None:
     lengths = torch.tensor([3, 9, 13, 2])
     tokens = TokenInputs(
         features=torch.zeros(4, 14, 2),
-        lengths=lengths,
+        n_valid=lengths,
         device=torch.device("cpu"),
         in_buckets=True,
     )
