@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import apecache
-from apecache.evaluate.comparison import compare_hits
+from apecache.evaluate.comparison import MetricDifference, compare_hits
 from apecache.evaluate.embeddings import Embeddings, embed_store, split_mask
 from apecache.heads.head import embed
 from apecache.heads.normalization import normalize
@@ -81,6 +81,8 @@ class Trick:
     """Of the rows. The first one chooses the strength."""
     against: Ranking = ""
     """Ranking of `projection` that rows are compared with; empty: that of the row."""
+    control: str = ""
+    """Trick that this one adds to: rows have the gain over that one too."""
     is_mined: bool = False
     """Whether the loss needs the rows of the training pairs."""
 
@@ -94,6 +96,7 @@ def tricks(mined: Callable[[], MinedRows]) -> list[Trick]:
             strengths=(0.25, 1.0),
             build=caption_pairs,
             settings=("loss.captions=2",),
+            control="two captions of an image",
         ),
         Trick(
             name="CSLS in the fit",
@@ -191,6 +194,7 @@ class Bench:
         plain = Trick(name=RECIPE, rankings=("cosine", "csls"))
         base = [self.measured(plain, 0.0, seed) for seed in seeds]
         rows = [self.row(plain, 0.0, ranking, base, base) for ranking in plain.rankings]
+        answers_of: dict[str, list[Hits]] = {}
         for trick in tricks(self.mined):
             if self.options.tricks and trick.name not in self.options.tricks:
                 continue
@@ -204,8 +208,11 @@ class Bench:
             one_seed = self.row(trick, chosen, trick.rankings[0], answers, base[:1])
             if one_seed["dev high"] >= 0:
                 answers += [self.measured(trick, chosen, seed) for seed in seeds[1:]]
+            answers_of[trick.name] = answers
             for ranking in trick.rankings:
                 row = self.row(trick, chosen, ranking, answers, base)
+                if trick.control in answers_of:
+                    row |= gains_over_control(answers, answers_of[trick.control], ranking)
                 rows.append({**row, "dev R@1 of strengths, seed 0": tried})
                 print(rows[-1], flush=True)
         return rows
@@ -300,11 +307,8 @@ class Bench:
                 chance=0.0,
             )
             row[f"{split} R@1"] = round(difference.value_a, 2)
-            if trick.name == RECIPE:
-                continue
-            row[f"{split} gain"] = round(difference.difference, 2)
-            row[f"{split} low"] = round(difference.low, 2)
-            row[f"{split} high"] = round(difference.high, 2)
+            if trick.name != RECIPE:
+                row |= gain_columns(difference, split)
         seconds = [
             float(load_heads(self.fitted(trick, strength, seed)).training["seconds"])
             for seed in range(len(answers))
@@ -312,6 +316,31 @@ class Bench:
         row["seconds"] = round(statistics.median(seconds), 1)
         counts = {f"n_{split}_images": answers[0][split, ranking].n_images for split in SPLITS}
         return {**row, "seeds": len(answers), **counts}
+
+
+def gains_over_control(
+    answers: Sequence[Hits],
+    control: Sequence[Hits],
+    ranking: Ranking,
+) -> dict[str, float]:
+    columns: dict[str, float] = {}
+    for split in SPLITS:
+        difference = compare_hits(
+            [hits[split, ranking] for hits in answers],
+            [hits[split, ranking] for hits in control],
+            metric=METRIC,
+            chance=0.0,
+        )
+        columns |= gain_columns(difference, f"{split} over control:")
+    return columns
+
+
+def gain_columns(difference: MetricDifference, prefix: str) -> dict[str, float]:
+    return {
+        f"{prefix} gain": round(difference.difference, 2),
+        f"{prefix} low": round(difference.low, 2),
+        f"{prefix} high": round(difference.high, 2),
+    }
 
 
 def value(hits: Hits, split: str, trick: Trick) -> float:
