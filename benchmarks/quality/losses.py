@@ -100,14 +100,14 @@ def tricks(mined: Callable[[], MinedRows]) -> list[Trick]:
         ),
         Trick(
             name="CSLS in the fit",
-            strengths=(0.5, 1.0),
+            strengths=(1.0, 0.5),
             build=csls_training,
             rankings=("csls", "cosine"),
         ),
         Trick(name="centering after the fit", rankings=("centered",), against="cosine"),
         Trick(
             name="centering in the fit",
-            strengths=(0.5, 1.0),
+            strengths=(1.0, 0.5),
             build=centering,
             rankings=("centered", "cosine"),
             against="cosine",
@@ -115,13 +115,13 @@ def tricks(mined: Callable[[], MinedRows]) -> list[Trick]:
         Trick(
             # 0 mined negatives: the guard alone, within the batch.
             name="mined negatives with a guard",
-            strengths=(0.0, 8.0, 32.0),
+            strengths=(32.0, 0.0, 8.0),
             build=lambda count: MinedNegatives(mined(), int(count)),
             is_mined=True,
         ),
         Trick(
             name="negative-free with SIGReg",
-            strengths=(0.02, 0.1, 0.5),
+            strengths=(0.1, 0.02, 0.5),
             build=negative_free,
             # LeVLJEPA's width. A loss without a temperature has none to learn.
             settings=("image.dim=256", "text.dim=256", "loss.learnable=false"),
@@ -153,6 +153,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="folder to keep the runs in")
+    parser.add_argument(
+        "--finished",
+        action="store_true",
+        help="fit nothing: report the finished runs in --work",
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -199,16 +204,26 @@ class Bench:
             for trick in tricks(self.mined)
             if not self.options.tricks or trick.name in self.options.tricks
         ]
-        # All tricks with one seed first: what is broken off has seen each of them.
-        first_seeds = [self.first_seed(trick) for trick in chosen_tricks]
+        # Round by round, and seeds last: a measurement that is broken off has tried every trick.
+        for number in range(max(len(trick.strengths) for trick in chosen_tricks)):
+            for trick in chosen_tricks:
+                for strength in trick.strengths[number : number + 1]:
+                    self.try_to_fit(trick, strength, 0)
         answers_of: dict[str, list[Hits]] = {}
-        for trick, first in zip(chosen_tricks, first_seeds, strict=True):
+        for trick in chosen_tricks:
+            first = self.first_seed(trick)
+            if not first:
+                continue
             dev_values = {strength: value(hits, "dev", trick) for strength, hits in first.items()}
             chosen = max(dev_values, key=lambda strength: dev_values[strength])
             answers = [first[chosen]]
             one_seed = self.row(trick, chosen, trick.rankings[0], answers, base[:1])
             if one_seed["dev high"] >= 0:
-                answers += [self.measured(trick, chosen, seed) for seed in seeds[1:]]
+                answers += [
+                    self.measured(trick, chosen, seed)
+                    for seed in seeds[1:]
+                    if self.try_to_fit(trick, chosen, seed)
+                ]
             answers_of[trick.name] = answers
             tried = {f"{strength:g}": round(dev, 2) for strength, dev in dev_values.items()}
             for ranking in trick.rankings:
@@ -220,11 +235,22 @@ class Bench:
         return rows
 
     def first_seed(self, trick: Trick) -> dict[float, Hits]:
-        """Fit and measure every strength with seed 0."""
-        answers = {strength: self.measured(trick, strength, 0) for strength in trick.strengths}
-        for strength, hits in answers.items():
-            print(f"{trick.name} {strength:g}: dev {value(hits, 'dev', trick):.2f}", flush=True)
-        return answers
+        """Measure every strength with seed 0."""
+        return {
+            strength: self.measured(trick, strength, 0)
+            for strength in trick.strengths
+            if self.try_to_fit(trick, strength, 0)
+        }
+
+    def try_to_fit(self, trick: Trick, strength: float, seed: int) -> bool:
+        """Fit a run unless the command is told to fit none; return whether there is one."""
+        if (
+            self.options.finished
+            and not (self.folder(trick, strength, seed) / DESCRIPTION).is_file()
+        ):
+            return False
+        self.fitted(trick, strength, seed)
+        return True
 
     def measured(self, trick: Trick, strength: float, seed: int) -> Hits:
         """Fit a run unless it is finished, and rank both splits."""
@@ -238,10 +264,7 @@ class Bench:
 
     def fitted(self, trick: Trick, strength: float, seed: int) -> Path:
         """Return the folder of a finished run."""
-        # Centering after the fit takes the runs of the recipe.
-        is_plain = trick.build is None and not trick.settings
-        name = RECIPE if is_plain else f"{trick.name.replace(' ', '-')}-{strength:g}"
-        run = self.work / "runs" / f"{name}-{seed}"
+        run = self.folder(trick, strength, seed)
         if (run / DESCRIPTION).is_file():
             return run
         run.parent.mkdir(parents=True, exist_ok=True)
@@ -262,6 +285,12 @@ class Bench:
         with numbered_rows(trick.is_mined):
             fit_head(self.store, recipe=recipe, out=run, spec=spec)
         return run
+
+    def folder(self, trick: Trick, strength: float, seed: int) -> Path:
+        # Centering after the fit takes the runs of the recipe.
+        is_plain = trick.build is None and not trick.settings
+        name = RECIPE if is_plain else f"{trick.name.replace(' ', '-')}-{strength:g}"
+        return self.work / "runs" / f"{name}-{seed}"
 
     def ranked(self, heads: TrainedHeads, embedded: Embeddings, ranking: Ranking) -> RetrievalHits:
         image = embedded.image
