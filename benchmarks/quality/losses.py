@@ -6,9 +6,9 @@
 Every trick is fitted on the recipe `projection` with up to three strengths and seed 0. The best one
 on dev (a seeded 500 of train) is fitted with the other seeds, unless seed 0 is worse than
 `projection` beyond the interval over images. Val is only reported. `dev gain` and `val gain` are the
-differences of the mean R@1 to `projection` under the ranking in `against`, with their 95 % intervals
-over seeds and images. A trick pays if the lower end on dev is above 0. Runs stay in `--work`; those
-that are finished there are not fitted again.
+differences of the mean R@1 to `projection` with the same seeds under the ranking in `against`, with
+their 95 % intervals over seeds (if there are several) and images. A trick pays if the lower end on
+dev is above 0. Runs stay in `--work`; those that are finished there are not fitted again.
 """
 
 import argparse
@@ -227,9 +227,11 @@ class Bench:
             answers_of[trick.name] = answers
             tried = {f"{strength:g}": round(dev, 2) for strength, dev in dev_values.items()}
             for ranking in trick.rankings:
-                row = self.row(trick, chosen, ranking, answers, base)
+                # A trick with one seed is compared with that seed alone: over images.
+                row = self.row(trick, chosen, ranking, answers, base[: len(answers)])
                 if trick.control in answers_of:
-                    row |= gains_over_control(answers, answers_of[trick.control], ranking)
+                    control = answers_of[trick.control][: len(answers)]
+                    row |= gains_over_control(answers, control, ranking)
                 rows.append({**row, "dev R@1 of strengths, seed 0": tried})
                 print(rows[-1], flush=True)
         return rows
