@@ -158,6 +158,7 @@ def test_mixed_precision_is_compiled_too(data: Data, tmp_path: Path, traced: Non
     require_close(tmp_path / "compiled", tmp_path / "eager", atol=1e-3)
 
 
+@pytest.mark.slow
 def test_both_sides_of_a_shared_encoder_are_compiled(traced: None) -> None:
     blocks = ["shared.image_blocks=2", "shared.text_blocks=1"]
     recipe = load_recipe("shared-encoder", blocks).model_copy(update={"distillation": None})
