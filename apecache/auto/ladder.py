@@ -26,7 +26,6 @@ from apecache.auto.search_fits import SearchFits
 from apecache.auto.search_plan import (
     CLOSED_FORMS,
     DEFAULT,
-    RUNGS,
     plan_seeds,
     plan_trials,
     search_space,
@@ -286,7 +285,6 @@ class _Search:
                 n_trials,
                 halving=True,
                 keep_going=True,
-                rungs=RUNGS,
                 seed=self.seed,
                 fit=self.fits.spec(),
             )
