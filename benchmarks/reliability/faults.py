@@ -200,7 +200,7 @@ def edit_power_cuts(bench: Bench) -> Row:
     result = power.cut_anywhere(
         bench.folder / "cut",
         EDITED,
-        resumes=bench.count(60, -1),
+        resumes=bench.count(60, 2000),
         seed=bench.seed,
     )
     after = power.kill_then_cut(bench.folder / "kill", replace(EDITED, images=5))
@@ -334,6 +334,8 @@ def main() -> int:
                     )
                 )
                 seconds.append(time.perf_counter() - begin)
+                # A run takes an hour: what is known is shown, also if the rest is broken off.
+                print(f"{rows[-1]}, {seconds[-1]:.0f} s", file=sys.stderr, flush=True)
                 shutil.rmtree(folder)
     table = [
         {**asdict(row), "seconds": round(s, 1), "seed": options.seed}
