@@ -9,6 +9,8 @@ the median of their CPU time.
 
 import argparse
 import json
+import math
+import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +23,10 @@ from typing import Any
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 HERE = Path(__file__).parents[1]
+OWN = re.compile(
+    r"apecache|store|population|solo|step|commit|resume|seal|open|info|load all|hash|verify"
+)
+"""Cases of this project; all others are of peers, and show how much a machine varies."""
 SLOWEST = 1.05
 """Largest ratio of CPU times, after to before, that is not a loss."""
 Times = dict[str, list[float]]
@@ -34,10 +40,11 @@ def main() -> None:
     for command in options.benchmarks:
         compared_rows = compared(command, options.base, options.turns)
         rows += compared_rows
+        own_ratios = [row["ratio"] for row in compared_rows if OWN.search(row["case"])]
         goals.append(
             Goal(
-                name=f"{command}: slowest case, after / before, CPU",
-                value=max(row["ratio"] for row in compared_rows),
+                name=f"{command}: slowest own case, after / before, CPU",
+                value=max(own_ratios, default=math.nan),
                 target=SLOWEST,
                 better="lower",
             )
@@ -109,11 +116,16 @@ def cpu_times(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the CPU times of a result by the name of their case."""
     times: dict[str, float] = {}
     for row in rows:
-        words = [str(value) for value in row.values() if isinstance(value, str)]
-        case = ", ".join(words)
+        named = [
+            f"{value}" if isinstance(value, str) else f"{column} {value}"
+            for column, value in row.items()
+            if isinstance(value, str | int) and "cpu" not in column.lower()
+        ]
+        case = ", ".join(named)
         for column, value in row.items():
-            is_cpu = "CPU" in column or "CPU" in case
-            if is_cpu and isinstance(value, int | float) and "%" not in case:
+            is_cpu = "cpu" in column.lower() or "cpu" in case.lower()
+            is_time = isinstance(value, int | float) and " / " not in column and "%" not in case
+            if is_cpu and is_time and column not in case:
                 times[f"{case}: {column}"] = float(value)
     return times
 
