@@ -242,6 +242,7 @@ def test_other_weights_of_the_encoder_are_refused(
             out=tmp_path / "run",
             start=linear.run,
             text=other,
+            text_features=None,
         )
 
 
