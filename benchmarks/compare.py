@@ -24,7 +24,7 @@ from benchmarks.record import Goal, print_goals, print_table, write_result
 
 HERE = Path(__file__).parents[1]
 OWN = re.compile(
-    r"apecache|store|population|solo|step|commit|resume|seal|open|info|load all|hash|verify"
+    r"apecache|store|of it|population|solo|step|commit|resume|seal|open|info|load all|hash|verify"
 )
 """Cases of this project; all others are of peers, and show how much a machine varies."""
 SLOWEST = 1.05

@@ -34,8 +34,9 @@ def curate(
         ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(metavar="RECIPE", help="Recipe that scores, without --run.")
-    ] = "cca",
+        str | None,
+        typer.Option(metavar="RECIPE", help="Recipe that scores, without --run. Default: cca."),
+    ] = None,
     train_split: TrainSplit = None,
     image_features: ImageFeatures = None,
     text_features: TextFeatures = None,

@@ -18,7 +18,7 @@ from apecache.auto.near_pairs import (
 from apecache.auto.pair_scores import PairScores, score_pairs
 from apecache.auto.split_pairs import SplitPairs, load_pairs
 from apecache.device import resolve_device
-from apecache.errors import RecipeError, RunError
+from apecache.errors import OptionError, RecipeError, RunError
 from apecache.evaluate.embeddings import find_features
 from apecache.fingerprint import Json
 from apecache.recipes.recipe import Recipe, load_recipe, parse_recipe
@@ -43,8 +43,9 @@ class CurateSpec:
 
     run: AnyPath | None = None
     """Run of fit-head: its recipe, features and training split are used."""
-    recipe: str = CLOSED_FORM
-    """Recipe of the heads that score, if no run is given; trained ones are fitted in each fold."""
+    recipe: str | None = None
+    """Recipe of the heads that score, without a run; trained ones are fitted in each fold. None:
+    the closed form `cca`."""
     image_features: str | None = None
     """Name of the image features; needed without a run if the store has several."""
     text_features: str | None = None
@@ -222,8 +223,12 @@ def curate(store: FeatureStore, out: AnyPath, spec: CurateSpec | None = None) ->
 def _open(store: FeatureStore, spec: CurateSpec) -> Examined:
     """Choose recipe, features and training split: those of the run, or of the settings."""
     splits = SplitSpec(train=spec.train_split)
+    if spec.run is not None and spec.recipe is not None:
+        raise OptionError(
+            "--run and --recipe are both given; the run has its own recipe: leave one out"
+        )
     if spec.run is None:
-        recipe = load_recipe(spec.recipe)
+        recipe = load_recipe(spec.recipe or CLOSED_FORM)
         image = store.array("image", spec.image_features)
         text = store.array("text", spec.text_features)
     else:

@@ -166,8 +166,8 @@ def open_source(
     live = recipe.towers.may_train(side) or not spec.cache
     if live and named and name and spec.cache:
         raise OptionError(
-            f"--{side} and --{side}-features are both given, but the {side} tower trains: it runs "
-            f"from the encoder or from cached tokens; leave one of them out"
+            f"--{side} and --{side}-features are both given, but the {side} tower trains, and its "
+            "features would not be read; give the encoder alone, or cached tokens alone"
         )
     # A live side whose encoder is named does not need features in the store.
     array: FeatureArray | None = None

@@ -244,7 +244,10 @@ def _as_seen(
     in_buckets: bool,
 ) -> tuple[Inputs, Inputs]:
     """Return the inputs as training sees them: with image views, and in lengths of a few kinds."""
-    image, text = (_in_buckets(side) for side in inputs) if in_buckets else inputs
+    image, text = inputs
+    if in_buckets:
+        image = _in_buckets(image)
+        text = _in_buckets(text)
     if views is not None:
         assert isinstance(image, ImageInputs)
         image = image.augmented(views, epoch=0)

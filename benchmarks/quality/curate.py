@@ -33,6 +33,7 @@ from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
 from benchmarks.made_up_store import write_feature_store
 from benchmarks.quality.heads import made_up
+from benchmarks.quality.options import store_parser
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 DEV = "dev"
@@ -71,10 +72,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Average precision of planted wrong captions.")
-    parser.add_argument("--store", type=Path, help="a complete store with splits train and val")
-    parser.add_argument("--image-features", help="which, if the store has several")
-    parser.add_argument("--text-features", help="which, if the store has several")
+    parser = store_parser("Average precision of planted wrong captions.")
     parser.add_argument("--share", type=float, default=0.1, help="of the captions, exchanged")
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument(
@@ -84,11 +82,6 @@ def parse_arguments() -> argparse.Namespace:
         help="recipes of the heads that rank captions",
     )
     parser.add_argument("--recipes", nargs="+", default=["cca", "projection"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, help="folder to keep stores and runs in")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.quick:
         options.seeds = 1

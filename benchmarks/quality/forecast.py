@@ -24,6 +24,7 @@ from apecache.store.reader import FeatureStore
 from apecache.train.batches import FeaturePairs, SplitSpec
 from apecache.train.head_data import load_splits
 from benchmarks.quality.heads import made_up
+from benchmarks.quality.options import store_parser
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4)
@@ -65,16 +66,8 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Error of predictions at full data.")
-    parser.add_argument("--store", type=Path, help="a complete store with a split train")
-    parser.add_argument("--image-features", help="which, if the store has several")
-    parser.add_argument("--text-features", help="which, if the store has several")
+    parser = store_parser("Error of predictions at full data.")
     parser.add_argument("--recipes", nargs="+", default=["ridge", "procrustes", "projection"])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, help="folder to keep the recalls in")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.quick:
         options.recipes = ["ridge"]

@@ -34,6 +34,7 @@ from apecache.train.batches import SplitSpec
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
 from benchmarks.made_up_store import write_feature_store
+from benchmarks.quality.options import add_finished, store_parser
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 COMBINATION = ("mixed", "gated", "projection", "projection")
@@ -91,10 +92,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Recall of every recipe on pooled features, from one store."
-    )
-    parser.add_argument("--store", type=Path, help="a complete store with splits train and val")
+    parser = store_parser("Recall of every recipe on pooled features, from one store.")
     parser.add_argument("--recipes", nargs="+", help="default: every recipe on pooled features")
     parser.add_argument(
         "--own",
@@ -105,25 +103,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--keep", type=Path, help="an earlier result, for recipes not measured")
     parser.add_argument("--cut", choices=("pooled", "tokens"), default="pooled")
-    parser.add_argument("--image-features", help="which, if the store has several")
-    parser.add_argument("--text-features", help="which, if the store has several")
     parser.add_argument(
         "--pooled",
         nargs=2,
         metavar=("IMAGE", "TEXT"),
         help="--cut tokens: pooled features beside them",
     )
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, help="at most so many; rows say so")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, help="folder to keep the runs in")
-    parser.add_argument(
-        "--finished",
-        action="store_true",
-        help="fit nothing: report the finished runs in --work",
-    )
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
+    add_finished(parser)
     options = parser.parse_args()
     if options.quick:
         options.seeds = 1

@@ -53,6 +53,7 @@ from benchmarks.quality.candidate_losses import (
     negative_free,
 )
 from benchmarks.quality.heads import made_up
+from benchmarks.quality.options import add_finished, store_parser
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 RECIPE = "projection"
@@ -145,21 +146,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Recall of heads with other losses.")
-    parser.add_argument("--store", type=Path, help="a complete store with splits train and val")
-    parser.add_argument("--image-features", help="which, if the store has several")
-    parser.add_argument("--text-features", help="which, if the store has several")
+    parser = store_parser("Recall of heads with other losses.")
     parser.add_argument("--tricks", nargs="+", help="names; default: all")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, help="folder to keep the runs in")
-    parser.add_argument(
-        "--finished",
-        action="store_true",
-        help="fit nothing: report the finished runs in --work",
-    )
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
+    add_finished(parser)
     options = parser.parse_args()
     if options.quick:
         options.seeds = 1

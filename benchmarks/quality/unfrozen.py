@@ -37,6 +37,7 @@ from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.fit_encoder import fit_encoder
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
+from benchmarks.quality.options import store_parser
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
 RECIPE = Path(__file__).with_name("lit-warm.toml")
@@ -102,10 +103,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Recall with a trained text tower.")
-    parser.add_argument("--store", type=Path, help="a complete store with splits train and val")
-    parser.add_argument("--image-features", help="which, if the store has several")
-    parser.add_argument("--text-features", help="which, if the store has several")
+    parser = store_parser("Recall with a trained text tower.")
     parser.add_argument("--tokens", help="cached tokens that the text tower starts from")
     parser.add_argument("--text", help="the text encoder, if it runs from the captions")
     parser.add_argument("--join", default="concat", help="how several image features are joined")
@@ -113,11 +111,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--autocast", default="bfloat16", help="computation of the tower")
     parser.add_argument("--set", action="append", default=[], help="setting of lit-warm.toml")
     parser.add_argument("--slice", type=int, default=64)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, help="folder to keep the runs in")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     has_tower = bool(options.text) != bool(options.tokens)
     if not options.quick and not (options.store and has_tower and options.work):

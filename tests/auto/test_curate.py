@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score
 
 from apecache.auto.curate import CurateReport, CurateSpec, curate
 from apecache.auto.pair_scores import combine_shares, estimate_share_wrong, posterior_wrong
-from apecache.errors import DataError, MismatchError, RecipeError, RunError
+from apecache.errors import DataError, MismatchError, OptionError, RecipeError, RunError
 from apecache.recipes.recipe import load_recipe
 from apecache.report.curate_page import write_curate_page
 from apecache.runs.heads import load_heads
@@ -98,6 +98,8 @@ def test_trained_heads_of_a_recipe_score_out_of_fold(planted: Planted, tmp_path:
     assert average_precision_score(wrong, found.scores.wrong_share) > 0.7
     with pytest.raises(RecipeError, match="within the towers"):
         curate(planted.store, tmp_path, CurateSpec(recipe="lit", device="cpu"))
+    with pytest.raises(OptionError, match="--run and --recipe are both given"):
+        curate(planted.store, tmp_path, CurateSpec(run=tmp_path, recipe="cca"))
 
 
 def test_a_fit_trains_on_the_kept_pairs_alone(
