@@ -179,7 +179,9 @@ def curate(store: FeatureStore, out: AnyPath, spec: CurateSpec | None = None) ->
 
     Raises:
         RunError: `run` is not a finished run of fit-head.
-        RecipeError: The split does not exist or is too small, or the recipe takes tokens.
+        RecipeError: The split does not exist or is too small, or the recipe takes tokens or trains
+            within the towers.
+        OptionError: A run and a recipe are both given.
         IncompleteError, DamagedError: The store is incomplete or damaged.
     """
     require_type(store, FeatureStore, "store")
