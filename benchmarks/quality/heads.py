@@ -66,7 +66,7 @@ def main() -> None:
         work = options.work or Path(temporary)
         store = FeatureStore.open(made_up(work) if options.quick else options.store)
         names = options.recipes or [
-            name for name in zoo_names() if load_recipe(name).cut == options.cut
+            name for name in zoo_names() if is_measured(load_recipe(name), options.cut)
         ]
         rows = [
             row for name in names if (row := measure(store, name=name, options=options, work=work))
@@ -89,6 +89,12 @@ def main() -> None:
             rows=rows,
             path=options.json,
         )
+
+
+def is_measured(recipe: Recipe, cut: str) -> bool:
+    """Return whether a recipe works on features of any two encoders, taken at this cut."""
+    # A ready-made image-text model needs both sides of that model.
+    return recipe.cut == cut and recipe.init != "pretrained"
 
 
 def parse_arguments() -> argparse.Namespace:
