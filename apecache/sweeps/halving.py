@@ -330,12 +330,12 @@ class TrialBatch:
 
         failures = train_together(
             members,
-            streams,
-            self.data.train,
-            self.data.dev,
-            plan,
-            n_epochs,
-            save,
+            streams=streams,
+            train=self.data.train,
+            dev=self.data.dev,
+            plan=plan,
+            n_epochs=n_epochs,
+            save=save,
         )
         results: Results = {}
         for i, (key, member) in enumerate(zip(group.keys, members, strict=True)):

@@ -177,7 +177,14 @@ def _model(opened: FitInputs, train: FeaturePairs, device: torch.device) -> Enco
     cuts = [source.cut for source in sources]
     # New weights depend on the seed alone, and the caller's random state stays as it was.
     with seeded_generators(spec.seed):
-        model = build_model(opened.recipe, encoders, dims, device, cuts, teacher)
+        model = build_model(
+            opened.recipe,
+            encoders=encoders,
+            dims=dims,
+            device=device,
+            cuts=cuts,
+            teacher=teacher,
+        )
     sides = (model.image, model.text)
     train_rows = (train.image, train.text)
     for side, source, rows in zip(sides, sources, train_rows, strict=True):

@@ -149,8 +149,13 @@ class _FoldedNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         if len(self.weight) == 1:
             # One pass over the tokens instead of three.
-            weight = self.weight.squeeze(0)
-            return F.layer_norm(x, self.normalized_shape, weight, self.bias.squeeze(0), self.eps)
+            return F.layer_norm(
+                x,
+                self.normalized_shape,
+                weight=self.weight.squeeze(0),
+                bias=self.bias.squeeze(0),
+                eps=self.eps,
+            )
         normed = F.layer_norm(x, self.normalized_shape, eps=self.eps)
         rows = _by_member(normed, self.weight)
         y = torch.addcmul(self.bias.unsqueeze(1), rows, self.weight.unsqueeze(1))
