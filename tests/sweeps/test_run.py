@@ -100,11 +100,11 @@ def test_a_sweep_that_is_broken_off_ends_as_one_that_was_not(
     train = apecache.sweeps.halving.train_together
     calls = [0]
 
-    def killed(*arguments: Any) -> Any:
+    def killed(*arguments: Any, **keywords: Any) -> Any:
         calls[0] += 1
         if calls[0] % 3 == 0:
             raise KeyboardInterrupt
-        return train(*arguments)
+        return train(*arguments, **keywords)
 
     monkeypatch.setattr(apecache.sweeps.halving, "train_together", killed)
     for _ in range(50):
