@@ -84,8 +84,8 @@ class Watch:
         self.before = {}
         build = module.build_model
 
-        def watched(*arguments: Any) -> EncoderModel:
-            model = build(*arguments)
+        def watched(*arguments: Any, **keywords: Any) -> EncoderModel:
+            model = build(*arguments, **keywords)
             self.model = model
             self.before = {name: p.detach().clone() for name, p in model.named_parameters()}
             return model

@@ -136,8 +136,8 @@ class Fitted:
         self.before: dict[str, torch.Tensor] = {}
         build = encoder_setup.build_model
 
-        def watched(*arguments: Any) -> EncoderModel:
-            self.model = build(*arguments)
+        def watched(*arguments: Any, **keywords: Any) -> EncoderModel:
+            self.model = build(*arguments, **keywords)
             for name, parameter in self.model.named_parameters():
                 self.before[name] = parameter.detach().clone()
             return self.model
