@@ -1,6 +1,6 @@
 """`apecache extract`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -54,6 +54,16 @@ class WriteOptions(OptionGroup):
             rich_help_panel=STORE_PANEL,
         ),
     ] = "float16"
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="NAME",
+            help="Keep a further column of the table in the store, e.g. for split --by, delete "
+            "--where and index --column. Default: those of the newest view. Repeatable.",
+            rich_help_panel=STORE_PANEL,
+        ),
+    ] = None
     add: Annotated[
         bool,
         typer.Option(
@@ -210,7 +220,8 @@ def extract(
 
         cluster = ray_spec(ray)
         require_part(write.part)
-        source = open_pairs(pairs, source_options.spec(*roles(encoders)))
+        columns = tuple(write.column or ())
+        source = open_pairs(pairs, replace(source_options.spec(*roles(encoders)), columns=columns))
         spec = extract_spec(encoders, write, device)
         if dry_run:
             show_plan(source, store=store, spec=spec, price_per_hour=price_per_hour, json=json)

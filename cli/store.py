@@ -66,6 +66,7 @@ def info(
             "n_images": len(pairs.keys),
             "n_texts": len(pairs.captions),
             "splits": pairs.split_counts(),
+            "columns": list(pairs.columns),
         }
         if json:
             origin = {
@@ -89,6 +90,8 @@ def info(
             n_views = len(view_ids(opened.files))
             view_name = opened.view.record.view
             typer.echo(f"view {view_name} of {n_views}; all: apecache views list {store}")
+        if pairs.columns:
+            typer.echo(f"further columns: {', '.join(pairs.columns)}")
         columns = (
             "modality",
             "features",

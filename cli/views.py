@@ -81,11 +81,13 @@ def show_views(store: str, records: "list[ViewRecord]", json: bool) -> None:
             record.n_images,
             record.n_texts,
             len(record.blocks),
+            ", ".join(record.columns),
             record.origin,
         )
         for record in records
     ]
-    show_table("views", ("view", "name", "images", "captions", "blocks", "source"), rows)
+    columns = ("view", "name", "images", "captions", "blocks", "further columns", "source")
+    show_table("views", columns, rows)
 
 
 def describe_view(record: "ViewRecord") -> dict[str, object]:
@@ -101,6 +103,7 @@ def describe_view(record: "ViewRecord") -> dict[str, object]:
         "origin": record.origin,
         "root": record.root,
         "splits": record.splits,
+        "columns": list(record.columns),
     }
 
 
@@ -247,7 +250,7 @@ def delete(
         typer.Option(
             "--where",
             metavar="COLUMN=VALUE",
-            help="Images with this key, split or label. Repeatable.",
+            help="Images with this key, split, label or value of a further column. Repeatable.",
         ),
     ] = None,
     json: Json = False,

@@ -9,11 +9,13 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from PIL import Image
 
 from apecache.arguments import AnyPath
+from apecache.data.further_columns import read_column
 from apecache.data.hub import PREFIX
 from apecache.data.images import DEFAULT_RULES, load_image
 from apecache.data.media import (
@@ -98,15 +100,15 @@ def recorded_column(
         ManifestError: The table cannot be opened, has no such column, or several values for one
             image.
     """
-    spec = replace(spec_of_options(record.get("options", {})), label_column=column)
+    spec = spec_of_options(record.get("options", {}))
     origins = _origins(record) if source is None else [source]
     for origin in origins:
         # Of several places the last one explains what is wrong.
         try:
-            return {pair.key: pair.label for pair in open_unsplit(origin, spec)}
-        except ManifestError as error:
+            return read_column(spec, column, partial(open_unsplit, origin), option)
+        except ManifestError:
             if origin == origins[-1]:
-                raise ManifestError(str(error).replace("--label-column", option)) from None
+                raise
     raise AssertionError("unreachable: there is at least one origin")
 
 

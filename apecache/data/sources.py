@@ -4,8 +4,9 @@ The path of a source decides its kind; one module reads each family of kinds.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from apecache.arguments import AnyPath, as_place, require_spec
 from apecache.data.annotations import open_annotations
 from apecache.data.folders import open_folder
 from apecache.data.frames import is_frame, open_frame
+from apecache.data.further_columns import with_further_columns
 from apecache.data.hub import PREFIX, is_dataset, open_dataset, open_hub
 from apecache.data.media import FolderMedia, NoMedia, ObjectMedia, base_media, moved_media
 from apecache.data.pairs import PairSource
@@ -62,13 +64,13 @@ def open_pairs(uri: AnyPath | Any, spec: OpenSpec | None = None) -> PairSource:
     require_spec(spec, OpenSpec, "spec", optional=True)
     spec = spec or OpenSpec()
     if is_frame(uri):
-        return _finished(open_frame(uri, spec), spec)
+        return _finished(spec, partial(open_frame, uri))
     if is_dataset(uri):
-        return _finished(open_dataset(uri, spec), spec)
+        return _finished(spec, partial(open_dataset, uri))
     source_place = as_place(uri, "uri")
     if not spec.restval and kind_of(source_place) != ".json":
         raise OptionError(f"{source_place}: --no-restval is for Karpathy's JSON; leave it out")
-    return _finished(open_unsplit(source_place, spec), spec)
+    return _finished(spec, partial(open_unsplit, source_place))
 
 
 def open_unsplit(uri: AnyPath, spec: OpenSpec) -> PairSource:
@@ -83,11 +85,12 @@ def open_unsplit(uri: AnyPath, spec: OpenSpec) -> PairSource:
         ) from None
 
 
-def _finished(source: PairSource, spec: OpenSpec) -> PairSource:
-    """Check a source, and give it the splits and the rules of the spec."""
+def _finished(spec: OpenSpec, opened: Callable[[OpenSpec], PairSource]) -> PairSource:
+    """Open and check a source, and give it the splits, columns and rules of the spec."""
+    source = opened(spec)
     _require(source, spec)
-    opened = replace(source, pixels=spec.pixels, options=recorded_options(spec))
-    return resplit(opened, spec)
+    source = replace(source, pixels=spec.pixels, options=recorded_options(spec))
+    return resplit(with_further_columns(source, spec, opened), spec)
 
 
 def _open(uri: str, spec: OpenSpec) -> PairSource:

@@ -107,6 +107,9 @@ class OpenSpec:
     default the smallest usual range that holds the samples of the image."""
     max_pixels: int | None = None
     """Largest number of pixels of an image."""
+    columns: str | tuple[str, ...] = ()
+    """Further columns of the table, with one value for each image: a store keeps them beside
+    split and label, to choose rows by."""
 
     @property
     def pixels(self) -> PixelRules:

@@ -14,6 +14,7 @@ from apecache.data.media import media_below
 from apecache.data.pairs import NO_SPLIT, Pair, PairSource
 from apecache.data.spec import spec_of_options
 from apecache.errors import DataError, OptionError, nearest
+from apecache.extraction.kept_columns import further_columns
 from apecache.extraction.report import ExtractionProgress, ExtractReport
 from apecache.extraction.run import extract
 from apecache.extraction.spec import ExtractSpec
@@ -25,7 +26,7 @@ from apecache.store.view_edits import delete_rows
 from apecache.store.views import ViewRecord
 
 WHERE = ("key", "split", "label")
-"""Columns that rows are chosen by."""
+"""Columns of every view that rows are chosen by."""
 
 
 def add_images(
@@ -85,6 +86,7 @@ def add_images(
         media=media_below(folder),
         pixels=spec_of_options(options).pixels,
         options=options,
+        columns=further_columns(opened.pairs),
     )
     specs = recorded_specs(opened, device)
     return [extract(source, store_place, spec, progress) for spec in specs]
@@ -155,8 +157,8 @@ def delete_images(
     Args:
         store: Folder or URL of the store.
         keys: Keys of images.
-        where: (column, value) pairs; a column is key, split or label. Images that have any of these
-            values are left out.
+        where: (column, value) pairs; a column is key, split, label, or a further column of the
+            view. Images that have any of these values are left out.
 
     Raises:
         OptionError: There is no such column.
@@ -169,12 +171,17 @@ def delete_images(
         if key not in opened.pairs.row_of_key:
             some_keys = [str(stored_key) for stored_key in opened.pairs.keys[:10_000]]
             raise DataError(f"{store_place} has no image {key!r}{nearest(key, some_keys)}")
+    known = (*WHERE, *opened.pairs.columns)
     for column, _ in where:
-        if column not in WHERE:
-            raise OptionError(f"--where {column}=…: expected one of {', '.join(WHERE)}")
+        if column not in known:
+            raise OptionError(
+                f"--where {column}=…: expected one of {', '.join(known)}{nearest(column, known)}; "
+                "apecache extract --column keeps further columns of the table"
+            )
 
     def keep(table: PairTable) -> Any:
         columns = {"key": table.keys, "split": table.splits, "label": table.labels}
+        columns |= table.columns
         deleted = np.isin(table.keys.astype(str), np.array(keys, dtype=str))
         for column, value in where:
             deleted |= columns[column] == value

@@ -1,5 +1,6 @@
 """Keep the splits that `apecache split` chose when a table without splits is extracted again."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from apecache.data.pairs import PairSource
@@ -32,7 +33,7 @@ def keep_splits(
     if newest is None or newest.view is None or not rule or any(pair.split for pair in source):
         return source, ""
     fractions, by, seed = parse_rule(rule)
-    values = {} if by in GROUPINGS else _column_values(source, by)
+    values: Mapping[str, str] = {} if by in GROUPINGS else _column_values(source, by)
     pairs = newest.pairs
     split_of_key = dict(zip(map(str, pairs.keys), map(str, pairs.splits), strict=True))
     split_of_row: dict[int, str] = {}
@@ -57,12 +58,14 @@ def keep_splits(
     return replace(source, pairs=tuple(new_pairs)), rule
 
 
-def _column_values(source: PairSource, column: str) -> dict[str, str]:
-    """Read the column that splits were chosen by from the table again.
+def _column_values(source: PairSource, column: str) -> Mapping[str, str]:
+    """Return the column that splits were chosen by.
 
     Raises:
         DataError: The table cannot be read again, or has the column no more.
     """
+    if column in source.columns:
+        return source.columns[column]
     record = {"origin": source.origin, "options": options_to_record(source)}
     try:
         return recorded_column(record, column)

@@ -17,6 +17,7 @@ from apecache.data.pairs import PairSource
 from apecache.data.recorded import options_to_record
 from apecache.errors import DamagedError, DataError, MismatchError, StoreError
 from apecache.extraction.contents import StoredBlock, TableContents, stored_blocks, table_contents
+from apecache.extraction.kept_columns import with_columns_of
 from apecache.extraction.matching import Matching
 from apecache.extraction.segments import BlockInputs, pair_columns
 from apecache.extraction.spec import ExtractSpec
@@ -381,8 +382,8 @@ def _mend_columns(tables: LostTables, view_id: str, lost: Sequence[str]) -> list
     for view in _view_candidates(tables, view_id):
         for path, data in view_payloads(view).items():
             name = f"{view_folder(view_id)}{path}"
-            is_right = content_hash(data) == record.objects[name]["blake3"]
-            if name in lost and name not in mended and is_right:
+            recorded = record.objects.get(name, {}).get("blake3")
+            if name in lost and name not in mended and content_hash(data) == recorded:
                 files.write(name, data)
                 mended.add(name)
         # The second candidate compares all images, which is slow: only where it is needed.
@@ -409,7 +410,8 @@ def _view_candidates(tables: LostTables, view_id: str) -> Iterator[View]:
     if record.table == tables.source.digest:
         matching = Matching(source=tables.source, blocks=blocks, newest=None, retry=False)
         content_rows = matching.rows(tables.contents)
-        yield table_view(tables.source, blocks, content_rows, record)
+        source = with_columns_of(tables.source, names=record.columns, known={})
+        yield table_view(source, blocks, content_rows, record)
 
 
 def _mend_stamps(tables: LostTables) -> None:

@@ -15,6 +15,7 @@ from apecache.data.media import NoMedia
 from apecache.data.pairs import PairSource
 from apecache.extraction.contents import SEEN, StoredBlock, TableContents
 from apecache.extraction.encode_texts import caption_error
+from apecache.extraction.kept_columns import has_columns, source_columns
 from apecache.fingerprint import Modality
 from apecache.store.layout import storable
 from apecache.store.reader import FeatureStore
@@ -80,6 +81,7 @@ class Matching:
         return (
             self.newest is not None
             and has_table(self.newest, self.source)
+            and has_columns(self.newest.pairs, source_columns(self.source))
             and np.array_equal(rows.images, self.newest_rows("image"))
             and np.array_equal(rows.texts, self.newest_rows("text"))
         )

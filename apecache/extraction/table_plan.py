@@ -24,6 +24,7 @@ from apecache.extraction.contents import (
     stored_blocks,
     table_contents,
 )
+from apecache.extraction.kept_columns import has_columns, keep_columns, source_columns
 from apecache.extraction.kept_splits import keep_splits
 from apecache.extraction.matching import NEW, Matching, Rows
 from apecache.extraction.segments import BlockInputs, Segment, make_segment, pair_columns
@@ -31,11 +32,11 @@ from apecache.extraction.spec import ExtractSpec
 from apecache.extraction.stamps import stamp_table, write_stamps
 from apecache.fingerprint import Modality, content_hash, digest_strings
 from apecache.storage.files import Files
-from apecache.store.layout import PAIRS, SEGMENTS, SOURCE, storable
+from apecache.store.layout import PAIRS, SEGMENTS, SOURCE
 from apecache.store.reader import FeatureStore, is_free, segment_names
 from apecache.store.records import read_record
-from apecache.store.table import PairTable
-from apecache.store.view_edits import first_view
+from apecache.store.table import PairTable, string_column
+from apecache.store.view_edits import column_digests, first_view
 from apecache.store.views import (
     BlockReference,
     View,
@@ -129,6 +130,7 @@ def plan_table(source: PairSource, files: Files, spec: ExtractSpec) -> TablePlan
         return new_store_plan(source, files, spec)
     require_same_scale(source, files)
     newest = _newest(files)
+    source = keep_columns(source, newest)
     matching = Matching(source=source, blocks=blocks, newest=newest, retry=spec.retry)
     contents = table_contents(
         source,
@@ -206,20 +208,18 @@ def new_store_plan(source: PairSource, files: Files, spec: ExtractSpec) -> Table
         images[row] = NEW - first_rows.setdefault(content or f"row {row}", len(first_rows))
     captions: dict[str, int] = {}
     texts = [NEW - captions.setdefault(text, len(captions)) for text in source.captions]
-    if len(first_rows) == len(source) and len(captions) == len(texts):
-        segment = Segment(store=files, folder="", part=source)
-        return TablePlan(
-            files=files,
-            source=source,
-            segments=(segment,),
-            view=None,
-            contents=contents,
-            is_first=True,
-        )
     rows = Rows(images=np.array(images, np.int64), texts=np.array(texts, np.int64), problems={})
-    block = _new_block(source, files, rows, contents)
-    assert block is not None
-    view = _view(source, files=files, used=(), rows=rows, new_block=block)
+    view: View | None = None
+    if len(first_rows) == len(source) and len(captions) == len(texts):
+        block = Segment(store=files, folder="", part=source)
+        # The block's own table is the user's, but for further columns.
+        if source.columns:
+            view = _view(source, files=files, used=(), rows=rows, new_block=block)
+    else:
+        new_block = _new_block(source, files, rows, contents)
+        assert new_block is not None
+        block = new_block
+        view = _view(source, files=files, used=(), rows=rows, new_block=block)
     return TablePlan(
         files=files,
         source=source,
@@ -475,35 +475,32 @@ def _view_digest(files: Files, view: View) -> str:
         if record.table != view.record.table or record.blocks != view.record.blocks:
             continue
         earlier = open_view(files, view_id)
-        if all(
+        same_rows = all(
             np.array_equal(earlier.content_rows(modality), view.content_rows(modality))
             for modality in modalities
-        ):
+        )
+        if same_rows and has_columns(earlier.table, view.table.columns):
             return record.digest
     blocks = view.record.blocks
     # The first view of a new store, where the table alone says all.
     is_new = not files.exists(PAIRS) or read_record(files, SOURCE).get("view_only") is True
-    if not ids and len(blocks) == 1 and is_new:
+    further = column_digests(view.table.columns)
+    if not ids and len(blocks) == 1 and is_new and not further:
         return view.record.table
     row_hashes = [content_hash(view.content_rows(name).tobytes()) for name in modalities]
     digests = [block.digest for block in blocks]
-    return digest_strings([view.record.table, *digests, *row_hashes])
+    return digest_strings([view.record.table, *digests, *row_hashes, *further])
 
 
 def source_table(source: PairSource, digest: str) -> PairTable:
     """Return the columns of a source as a view has them."""
     return PairTable(
-        keys=_strings(source.keys),
-        splits=_strings([pair.split for pair in source]),
-        labels=_strings([pair.label for pair in source]),
-        captions=_strings(source.captions),
-        languages=_strings(source.languages),
+        keys=string_column(source.keys),
+        splits=string_column([pair.split for pair in source]),
+        labels=string_column([pair.label for pair in source]),
+        captions=string_column(source.captions),
+        languages=string_column(source.languages),
         image_rows=np.array(source.image_rows, np.int64),
         digest=digest,
+        columns=source_columns(source),
     )
-
-
-def _strings(values: Sequence[str]) -> NDArray[np.object_]:
-    column = np.empty(len(values), dtype=object)
-    column[:] = [storable(value) for value in values]
-    return column

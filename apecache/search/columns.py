@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from apecache.arguments import AnyPath
-from apecache.data.recorded import recorded_column
 from apecache.errors import OptionError
 from apecache.search.where import FIELDS
 from apecache.store.reader import FeatureStore
+from apecache.store.view_edits import column_values
 
 NAME = re.compile(r"\w+")
 RESERVED = (*FIELDS, "content")
@@ -44,6 +44,6 @@ def read_columns(
         if column in RESERVED:
             raise OptionError(f"--column {column}: every row has it already; leave it out")
     return {
-        column: recorded_column(store.source, column, source, option="--column")
+        column: column_values(store, column, source, option="--column")
         for column in dict.fromkeys(columns)
     }

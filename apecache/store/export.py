@@ -14,6 +14,7 @@ from apecache.fingerprint import Modality
 from apecache.storage.replace import new_file, new_folder
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
+from apecache.store.table import stored_name
 
 MAX_TEXT_BYTES = 4 << 30
 
@@ -21,10 +22,10 @@ MAX_TEXT_BYTES = 4 << 30
 def export_npz(store: FeatureStore, out: AnyPath) -> list[str]:
     """Write one file with every array of the store, one array in memory at a time.
 
-    `image_key`, `image_split`, `image_label`, `text_caption`, `text_language` are fixed-width
-    strings; `text_image_row` is the image of each caption; `image.NAME` and `text.NAME` are
-    features [rows, dim], not normalized (NaN where `….ok` is False); where rows differ in their
-    number of tokens, `….length` is that number.
+    `image_key`, `image_split`, `image_label`, `image_column_NAME` (further columns), `text_caption`
+    and `text_language` are fixed-width strings; `text_image_row` is the image of each caption;
+    `image.NAME` and `text.NAME` are features [rows, dim], not normalized (NaN where `….ok` is
+    False); where rows differ in their number of tokens, `….length` is that number.
 
     Returns:
         Names of the arrays.
@@ -50,6 +51,7 @@ def export_npz(store: FeatureStore, out: AnyPath) -> list[str]:
 def _npz_arrays(store: FeatureStore) -> Iterator[tuple[str, NDArray[Any]]]:
     pairs = store.pairs
     columns = {"image_key": pairs.keys, "image_split": pairs.splits, "image_label": pairs.labels}
+    columns |= {stored_name(name): values for name, values in pairs.columns.items()}
     columns |= {"text_caption": pairs.captions, "text_language": pairs.languages}
     for name, values in columns.items():
         longest = max(map(len, values), default=0)
@@ -73,6 +75,7 @@ def export_parquet(store: FeatureStore, out: AnyPath) -> list[str]:
     """Write `out/images.parquet` and `out/texts.parquet`, one row per image and per caption.
 
     Features are columns of fixed-size lists, named as the arrays; null where a row has none.
+    Further columns of the view are `column_NAME`.
 
     Returns:
         Names of the files.
@@ -91,6 +94,7 @@ def export_parquet(store: FeatureStore, out: AnyPath) -> list[str]:
         raise MissingExtraError("pyarrow", "parquet") from None
     pairs = store.pairs
     images: dict[str, Any] = {"key": pairs.keys, "split": pairs.splits, "label": pairs.labels}
+    images |= {f"column_{name}": values for name, values in pairs.columns.items()}
     texts: dict[str, Any] = {
         "caption": pairs.captions,
         "language": pairs.languages,

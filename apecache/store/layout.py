@@ -86,6 +86,8 @@ VIEW_COLUMNS = (
     ("text_content_row", "text"),
 )
 """Columns of a view: those of a pair table, why an image has no features, and where they lie."""
+FURTHER_COLUMN = "image_column_"
+"""Begins the names of a view's further columns; the percent-encoded name of the column follows."""
 PAIR_CODECS = (["vlen-utf8", "zstd", "crc32c"], ["bytes", "zstd", "crc32c"])
 SURROGATES = re.compile("[\ud800-\udfff]")
 

@@ -2,11 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import zarr
@@ -20,12 +21,14 @@ from apecache.storage.files import Files
 from apecache.store.equal import equal_captions
 from apecache.store.layout import (
     CONTENT_COLUMN,
+    FURTHER_COLUMN,
     PAIR_CHUNK_ROWS,
     PAIR_CODECS,
     PAIR_COLUMNS,
     PAIRS,
     SOURCE,
     ZARR,
+    storable,
 )
 from apecache.store.records import read_record
 
@@ -56,6 +59,8 @@ class PairTable:
     image_rows: NDArray[np.int64]
     """Row of each caption's image."""
     digest: str
+    columns: Mapping[str, NDArray[np.object_]] = field(default_factory=dict)
+    """Further columns of the user's table by name, each [n_images]."""
 
     @cached_property
     def row_of_key(self) -> dict[str, int]:
@@ -74,18 +79,57 @@ class PairTable:
         return dict(Counter(self.splits.tolist()))
 
 
+class LazyColumns(Mapping[str, "NDArray[np.object_]"]):
+    """Read a further column when it is first asked for.
+
+    Args:
+        names: Names of the columns.
+        read: Returns a column by its name in the store, or raises DamagedError.
+    """
+
+    def __init__(self, names: Sequence[str], read: Callable[[str], NDArray[Any]]) -> None:
+        self._names = tuple(names)
+        self._read = read
+        self._known: dict[str, NDArray[np.object_]] = {}
+
+    def __getitem__(self, name: str) -> NDArray[np.object_]:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._known:
+            self._known[name] = self._read(stored_name(name))
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def stored_name(column: str) -> str:
+    """Return the name that a further column has in a store."""
+    return FURTHER_COLUMN + quote(column, safe="")
+
+
 class LazyPairTable(PairTable):
     """Read a column when it is first asked for: ten million pairs take gigabytes as strings.
 
     Args:
         read: Returns a column by its name, or raises DamagedError.
         digest: Identity of the table.
+        columns: Names of further columns.
     """
 
-    def __init__(self, read: Callable[[str], NDArray[Any]], digest: str) -> None:
+    def __init__(
+        self,
+        read: Callable[[str], NDArray[Any]],
+        digest: str,
+        columns: Sequence[str] = (),
+    ) -> None:
         # The dataclass is frozen.
         vars(self)["_read"] = read
         vars(self)["digest"] = digest
+        vars(self)["columns"] = LazyColumns(columns, read)
 
     def __getattr__(self, name: str) -> NDArray[Any]:
         # Only called for what is not there yet.
@@ -96,8 +140,9 @@ class LazyPairTable(PairTable):
         return column
 
     def __reduce__(self) -> tuple[Any, ...]:
-        columns = {name: getattr(self, name) for name in COLUMN_OF_FIELD}
-        return _eager_table, ({**columns, "digest": self.digest},)
+        fields = {name: getattr(self, name) for name in COLUMN_OF_FIELD}
+        further = {"digest": self.digest, "columns": dict(self.columns)}
+        return _eager_table, ({**fields, **further},)
 
 
 def _eager_table(fields: Mapping[str, Any]) -> PairTable:
@@ -107,7 +152,15 @@ def _eager_table(fields: Mapping[str, Any]) -> PairTable:
 def with_columns(table: PairTable, **changed: Any) -> PairTable:
     """Return a table with some of its columns, or its digest, changed."""
     fields = {name: getattr(table, name) for name in COLUMN_OF_FIELD}
-    return PairTable(**{**fields, "digest": table.digest, **changed})
+    return PairTable(**{**fields, "digest": table.digest, "columns": table.columns, **changed})
+
+
+def string_column(values: Iterable[str]) -> NDArray[np.object_]:
+    """Return texts as a column of a table, which UTF-8 can encode."""
+    storable_values = [storable(value) for value in values]
+    column = np.empty(len(storable_values), dtype=object)
+    column[:] = storable_values
+    return column
 
 
 def read_table(files: Files) -> PairTable:

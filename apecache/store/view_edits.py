@@ -149,13 +149,40 @@ def split_store(
     groups = image_groups(
         opened,
         by,
-        values={} if by in GROUPINGS else recorded_column(opened.source, by, source),
+        values={} if by in GROUPINGS else column_values(opened, by, source),
         near=() if near is None else near_images(opened, near, features),
     )
     view = newest_view(files)
     splits = splits_of_groups(groups, shares, seed)
     table = with_columns(view.table, splits=np.array(splits, dtype=object))
     return edited_view(files, view, table, splits=split_rule(shares, by, seed, near))
+
+
+def column_values(
+    store: FeatureStore,
+    column: str,
+    source: AnyPath | None = None,
+    option: str = "--by",
+) -> dict[str, str]:
+    """Return a further column of the view; of the table that it was made of, if it holds none.
+
+    Args:
+        store: The store, opened at a view.
+        column: Name of the column.
+        source: The table; its column is read even where the view holds one.
+        option: What asked for the column, for messages.
+
+    Returns:
+        Value by key of the image; empty where there is none.
+
+    Raises:
+        ManifestError: The table cannot be opened, has no such column, or several values for one
+            image.
+    """
+    if source is None and column in store.pairs.columns:
+        values = store.pairs.columns[column].tolist()
+        return dict(zip(store.pairs.keys.tolist(), values, strict=True))
+    return recorded_column(store.source, column, source, option)
 
 
 def splits_of_groups(
@@ -279,6 +306,7 @@ def delete_rows(files: Files, keep: Callable[[PairTable], NDArray[np.bool_]]) ->
         languages=table.languages[texts],
         image_rows=new_row[table.image_rows[texts]],
         digest="",
+        columns={name: values[kept_images] for name, values in table.columns.items()},
     )
     rows: dict[Modality, NDArray[np.int64]] = {
         "image": view.content_rows("image")[kept_images],
@@ -315,7 +343,9 @@ def edited_view(
     table_hash = table_digest(table)
     row_hashes = [content_hash(values.tobytes()) for values in content_rows.values()]
     block_digests = [block.digest for block in view.record.blocks]
-    digest = digest_strings([table_hash, *block_digests, *row_hashes])
+    digest = digest_strings(
+        [table_hash, *block_digests, *row_hashes, *column_digests(table.columns)]
+    )
     record = replace(
         view.record,
         view="",
@@ -332,6 +362,11 @@ def edited_view(
     described = view.problems.tolist() if problems is None else problems
     draft = draft_view(with_columns(table, digest=digest), content_rows, described, record)
     return commit_view(files, draft)
+
+
+def column_digests(columns: Mapping[str, NDArray[np.object_]]) -> list[str]:
+    """Return what further columns add to the identity of a view; nothing where it has none."""
+    return [digest_strings([name, *map(str, values)]) for name, values in columns.items()]
 
 
 def table_digest(table: PairTable) -> str:

@@ -27,7 +27,13 @@ from apecache.store.layout import (
     view_record_name,
 )
 from apecache.store.records import read_record, seal_record
-from apecache.store.table import LazyPairTable, PairTable, checked_image_rows, read_column
+from apecache.store.table import (
+    LazyPairTable,
+    PairTable,
+    checked_image_rows,
+    read_column,
+    stored_name,
+)
 
 VIEW_ID = re.compile(r"[0-9]{4,9}-[0-9a-f]{8}")
 VIEW_NUMBER = re.compile(r"[0-9]+(-.*)?")
@@ -79,6 +85,8 @@ class ViewRecord:
     """How `apecache split` chose the splits; empty where the table has them."""
     options: Mapping[str, Json] = field(default_factory=dict)
     """How the source was opened, so that its images can be read again."""
+    columns: tuple[str, ...] = ()
+    """Further columns of the table that the view holds."""
     objects: Mapping[str, Mapping[str, Json]]
     """Size and hash of each object, by name."""
 
@@ -92,6 +100,9 @@ class ViewRecord:
 
     def to_json(self) -> dict[str, Json]:
         fields = asdict(self)
+        # Left out where it says nothing: other records are the same as without the field.
+        if not self.columns:
+            del fields["columns"]
         return {**fields, "blocks": [asdict(block) for block in self.blocks]}
 
 
@@ -117,7 +128,7 @@ class View:
                 return checked_image_rows(column, view_name, 0, self.record.n_images)
             return column
 
-        return LazyPairTable(read, self.record.digest)
+        return LazyPairTable(read, self.record.digest, self.record.columns)
 
     @cached_property
     def problems(self) -> NDArray[np.object_]:
@@ -164,7 +175,7 @@ def draft_view(
         table: Its table.
         content_rows: Rows in the blocks by modality.
         problems: Why each image has no features.
-        record: Its record, without id, objects and `in_order`.
+        record: Its record, without id, objects, `in_order` and columns.
     """
     in_order: list[Modality] = []
     for modality, rows in content_rows.items():
@@ -180,8 +191,10 @@ def draft_view(
         "image_problem": np.array(problems, dtype=object),
         "image_content_row": content_rows["image"],
         "text_content_row": content_rows["text"],
+        **{stored_name(name): values for name, values in table.columns.items()},
     }
-    return View(record=replace(record, in_order=tuple(in_order)), read=columns.__getitem__)
+    record = replace(record, in_order=tuple(in_order), columns=tuple(table.columns))
+    return View(record=record, read=columns.__getitem__)
 
 
 def commit_view(files: Files, view: View, number: int | None = None) -> ViewRecord:
@@ -243,9 +256,16 @@ def _require_blocks(files: Files, record: ViewRecord) -> None:
 
 def view_payloads(view: View) -> dict[str, bytes]:
     """Return the objects of a view by path below its folder, each with a leading `/`."""
-    columns = {name: (dimension, view.read(name)) for name, dimension in VIEW_COLUMNS}
+    dimensions = column_dimensions(view.record)
+    columns = {name: (dimension, view.read(name)) for name, dimension in dimensions.items()}
     blocks: Json = [asdict(block) for block in view.record.blocks]
     return table_objects(columns, "", {"apecache": {"blocks": blocks}})
+
+
+def column_dimensions(record: ViewRecord) -> dict[str, str]:
+    """Return the dimension of each column of a view: those of every view, then its further ones."""
+    further = {stored_name(name): "image" for name in record.columns}
+    return {**dict(VIEW_COLUMNS), **further}
 
 
 def settle_view(files: Files, view_id: str) -> None:
@@ -334,6 +354,9 @@ def parse_view(value: Mapping[str, Any], view_id: str, where: str) -> ViewRecord
             raise ValueError("a text that is none")
         # Views of earlier versions have none.
         options = dict(value.get("options", {}))
+        columns = value.get("columns", [])
+        if type(columns) is not list or not all(type(name) is str for name in columns):
+            raise ValueError("columns that are no list of names")
         record = ViewRecord(
             **texts,
             n_images=_count(value["n_images"]),
@@ -341,6 +364,7 @@ def parse_view(value: Mapping[str, Any], view_id: str, where: str) -> ViewRecord
             blocks=blocks,
             in_order=in_order,
             options=options,
+            columns=tuple(columns),
             objects=value["objects"],
         )
         if record.view != view_id or not blocks:
@@ -388,7 +412,7 @@ def _read_column(files: Files, record: ViewRecord, name: str) -> NDArray[Any]:
     Raises:
         DamagedError: An object of the column is missing, or is not what was written.
     """
-    dimension = dict(VIEW_COLUMNS)[name]
+    dimension = column_dimensions(record)[name]
     n_rows = record.n_images if dimension == "image" else record.n_texts
     return read_column(
         files,

@@ -212,6 +212,31 @@ def test_deleted_rows_are_left_out_of_the_new_view_alone(small: LocalFiles) -> N
             delete_rows(small, lambda table, mask=all_or_none: mask)  # type: ignore[misc]
 
 
+def test_further_columns_follow_every_edit(edited: LocalFiles) -> None:
+    def colors(view: str | None = None) -> dict[str, str]:
+        pairs = FeatureStore.at(edited, view).pairs
+        values = pairs.columns["color"].tolist()
+        return dict(zip(pairs.keys.tolist(), values, strict=True))
+
+    before = colors()
+    oldest = view_ids(edited)[0]
+    oldest_colors = colors(oldest)
+    # Splits by a column that the view holds need no table.
+    split_store(edited, HALVES, by="color")
+    assert colors() == before
+    delete_rows(edited, lambda table: table.columns["color"] != next(iter(before.values())))
+    kept = dict(list(before.items())[1:])
+    assert colors() == kept
+    name_view(edited, view_ids(edited)[-1], "small")
+    assert colors() == kept
+    for view_id in view_ids(edited)[1:-1]:
+        remove_view(edited, view_id)
+    compact_store(edited)
+    assert colors() == kept
+    assert colors(view_ids(edited)[0]) == oldest_colors
+    assert not verify_store(edited.place).problems
+
+
 # Compaction
 
 

@@ -1,5 +1,6 @@
 """Views: tables whose rows say where their features lie."""
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from apecache.store.verify import verify_store
 from apecache.store.views import (
     commit_view,
     open_view,
+    parse_view,
+    read_view_record,
     remove_view,
     view_ids,
     view_record_name,
@@ -195,3 +198,35 @@ def test_plain_zarr_reads_a_view(edited_once: Path) -> None:
         equal_nan=True,
     )
     assert view["image_key"][:].tolist() == FeatureStore.open(edited_once).pairs.keys.tolist()
+
+
+def test_a_view_holds_further_columns_of_its_table(edited: Path) -> None:
+    store = FeatureStore.open(edited)
+    assert list(store.pairs.columns) == ["color"]
+    colors = store.pairs.columns["color"].tolist()
+    assert colors == [f"color {key}" for key in store.pairs.keys]
+    with pytest.raises(KeyError):
+        store.pairs.columns["price"]
+    # A table travels to other processes whole.
+    copied = pickle.loads(pickle.dumps(store.pairs))  # noqa: S301
+    assert copied.columns["color"].tolist() == colors
+
+
+def test_a_damaged_further_column_is_noticed(edited: Path) -> None:
+    last = view_ids(LocalFiles(edited))[-1]
+    column = edited / "views" / last / "image_column_color"
+    (column / "c" / "0").write_bytes(b"damaged")
+    with pytest.raises(DamagedError, match="image_column_color"):
+        FeatureStore.open(edited).pairs.columns["color"]
+    problems = [problem.object for problem in verify_store(edited).problems]
+    assert problems == [f"views/{last}/image_column_color/c/0"]
+
+
+@pytest.mark.parametrize("columns", ["color", [1], {"a": 1}, None])
+def test_a_record_whose_columns_are_no_names_is_refused(edited: Path, columns: object) -> None:
+    files = LocalFiles(edited)
+    last = view_ids(files)[-1]
+    record = read_view_record(files, last)
+    value = {**record.to_json(), "columns": columns}
+    with pytest.raises(DamagedError):
+        parse_view(value, last, "here")

@@ -156,6 +156,7 @@ def edited_view(spec: TowerSpec, n_kept: int) -> View:
         languages=np.array(["en"] * len(captions), object),
         image_rows=np.repeat(np.arange(len(keys)), 2),
         digest=digest,
+        columns={"color": np.array([f"color {key}" for key in keys], object)},
     )
     blocks = (
         BlockReference(

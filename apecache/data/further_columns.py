@@ -1,0 +1,75 @@
+"""Read further columns of a source: values of its images that are neither split nor label."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from apecache.data.pairs import PairSource
+from apecache.data.spec import OpenSpec
+from apecache.errors import ManifestError, OptionError
+
+RESERVED = ("key", "split", "label", "content", "caption", "language")
+"""Names that conditions and groupings give a meaning of their own."""
+LONGEST_NAME = 60
+"""Characters of a name: in a store it is part of a file's name."""
+
+
+def column_names(spec: OpenSpec) -> tuple[str, ...]:
+    """Return the names of the further columns, each once.
+
+    Raises:
+        OptionError: A name has another meaning already, cannot be printed, or is too long.
+    """
+    names = (spec.columns,) if isinstance(spec.columns, str) else spec.columns
+    for name in names:
+        if name in RESERVED:
+            raise OptionError(f"--column {name}: a store has it already; leave it out")
+        if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
+            raise OptionError(
+                f"--column {name[: LONGEST_NAME + 1]!r}: expected a name of 1 to {LONGEST_NAME} "
+                "printable characters; rename the column in the table"
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def read_column(
+    spec: OpenSpec,
+    name: str,
+    opened: Callable[[OpenSpec], PairSource],
+    option: str = "--column",
+) -> dict[str, str]:
+    """Read one column of a source, as its labels are read.
+
+    Args:
+        spec: How the source is opened.
+        name: Name of the column.
+        opened: Opens the source.
+        option: What asked for the column, for messages.
+
+    Returns:
+        Value by key of the image; empty where the source has none.
+
+    Raises:
+        ManifestError: The source cannot be opened, has no such column, or several values for one
+            image.
+    """
+    try:
+        source = opened(replace(spec, label_column=name))
+    except ManifestError as error:
+        # The column was read in the place of the labels.
+        message = str(error).replace("--label-column", option)
+        message = message.replace(" has label ", f" has {name} ")
+        message = message.replace("give one label per", f"give one {name} per")
+        raise ManifestError(message) from None
+    return {pair.key: pair.label for pair in source}
+
+
+def with_further_columns(
+    source: PairSource,
+    spec: OpenSpec,
+    opened: Callable[[OpenSpec], PairSource],
+) -> PairSource:
+    """Return a source with the further columns of the spec; raises as `read_column` does."""
+    columns: dict[str, Mapping[str, str]] = {}
+    for name in column_names(spec):
+        columns[name] = read_column(spec, name, opened)
+    return replace(source, columns=columns) if columns else source
