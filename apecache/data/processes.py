@@ -39,7 +39,7 @@ HANG = "decoder-hang"
 MESSAGE_BYTES = 4096
 TICK_SECONDS = 0.5
 IDLE_DEATHS = 5
-"""Number of workers that may die before they take any work."""
+"""Number of workers that may die without work before another result comes."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -278,6 +278,8 @@ class _WorkerPool:
             while not (message := self.ring.message(position)):
                 self._wait()
             self.n_taken += 1
+            # Deaths in a row count: over days some workers are killed while they wait.
+            self.idle_deaths = 0
             self.held = position
             yield self._result(position, message)
             self._release()

@@ -138,6 +138,26 @@ def test_workers_killed_from_outside_cost_at_most_the_row_that_they_were_at() ->
     assert lost <= 10
 
 
+def test_workers_that_are_killed_while_they_wait_end_no_long_run() -> None:
+    def work(position: int) -> Result:
+        return [torch.full((2,), float(position))], "", None
+
+    others = set(children_of(os.getpid()))  # of other tests in this process
+    with in_order(
+        work,
+        count=processes.IDLE_DEATHS,
+        shapes=[(2,)],
+        workers=2,
+        ahead=1,
+        hang_seconds=5.0,
+    ) as results:
+        for _ in results:
+            # Nothing may be begun before this result is taken back, so the workers wait.
+            time.sleep(0.05)
+            for worker in set(children_of(os.getpid())) - others:
+                os.kill(worker, signal.SIGKILL)
+
+
 def test_workers_that_die_before_they_begin_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "_settle", lambda parent: os._exit(3))
     others = children_of(os.getpid())  # of other tests in this process
