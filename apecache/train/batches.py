@@ -334,6 +334,11 @@ def groups_of(
         size: Images in a batch.
     """
     n_captions = caption_rows.shape[1]
+    all_differ = pairs.content is None and pairs.caption_ids is None
+    # Looked at once: in an epoch of pairs an image can stand in a batch several times.
+    if n_captions == 1 and all_differ and not _repeats(order):
+        yield from repeat(None, -(-len(order) // size))
+        return
     # One copy for several batches, and from pinned memory: a device is never waited for.
     blocks = zip(order.split(size * BLOCK), caption_rows.split(size * BLOCK), strict=True)
     for block_order, block_captions in blocks:
@@ -356,6 +361,11 @@ def groups_of(
             yield Groups(image=image, text=text, n_pairs=n_pairs)
 
 
+def _repeats(order: Tensor) -> bool:
+    """Return whether an image stands in an epoch several times."""
+    return bool((torch.bincount(order) > 1).any())
+
+
 def _group_numbers(pairs: FeaturePairs, rows: Tensor, caption_rows: Tensor) -> Tensor | None:
     """Group the images of a batch with their captions.
 
@@ -372,11 +382,6 @@ def _group_numbers(pairs: FeaturePairs, rows: Tensor, caption_rows: Tensor) -> T
         int64 [n], on the CPU: the group of each image; None if row belongs to row and to no other.
     """
     n_captions = caption_rows.shape[1]
-    # In an epoch of pairs an image can stand in a batch several times.
-    repeats = len(rows.unique()) < len(rows)
-    all_differ = pairs.content is None and pairs.caption_ids is None and not repeats
-    if all_differ and n_captions == 1:
-        return None
     image_groups: Tensor = rows.unique(return_inverse=True)[1]
     if pairs.content is not None:
         image_groups = pairs.content[rows].unique(return_inverse=True)[1]
