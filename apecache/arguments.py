@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from numbers import Integral
 from pathlib import Path
+from typing import get_args
 
 from apecache.errors import OptionError
 
@@ -82,7 +83,7 @@ def require_integer(value: object, name: str, optional: bool = False) -> None:
 
 
 def require_spec(value: object, expected: type, name: str, optional: bool = False) -> None:
-    """Refuse settings of another type, and settings whose integers are none.
+    """Refuse settings of another type, and fields that are no integer or no settings.
 
     Args:
         value: a dataclass of settings; dataclasses in its fields are checked as well.
@@ -91,14 +92,14 @@ def require_spec(value: object, expected: type, name: str, optional: bool = Fals
         optional: None is allowed as well.
 
     Raises:
-        OptionError: another type, or a field that should be an integer.
+        OptionError: another type, or a field that should be an integer or settings.
     """
     require_type(value, expected, name, optional)
     if value is not None:
-        _require_integers(value, name)
+        _require_fields(value, name)
 
 
-def _require_integers(settings: object, name: str) -> None:
+def _require_fields(settings: object, name: str) -> None:
     if isinstance(settings, type) or not is_dataclass(settings):
         return
     for field in fields(settings):
@@ -106,8 +107,23 @@ def _require_integers(settings: object, name: str) -> None:
         field_name = f"{name}.{field.name}"
         if field.type in (int, int | None):
             require_integer(value, field_name, optional=field.type is not int)
-        else:
-            _require_integers(value, field_name)
+            continue
+        allowed = _settings_types(field.type)
+        if allowed and not isinstance(value, allowed):
+            expected = " or ".join(allowed_type.__name__ for allowed_type in allowed)
+            raise wrong_type(value, expected.replace("NoneType", "None"), field_name)
+        _require_fields(value, field_name)
+
+
+def _settings_types(annotation: object) -> tuple[type, ...]:
+    """Return the types of a field that holds settings, or None; empty for any other field."""
+    types = get_args(annotation) or (annotation,)
+    if not any(is_dataclass(allowed) for allowed in types):
+        return ()
+    # A generic or a forward reference cannot be compared with.
+    if not all(isinstance(allowed, type) for allowed in types):
+        return ()
+    return types
 
 
 def as_path(value: object, name: str) -> Path:
@@ -123,7 +139,7 @@ def as_place(value: object, name: str) -> str | Path:
     """Return an argument that is a path or a URL of object storage, unchanged.
 
     Raises:
-        OptionError: another type, or an empty text.
+        OptionError: another type, an empty text, or one with a zero byte.
     """
     # `os.fspath` may return bytes, which are refused below.
     path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
@@ -131,6 +147,9 @@ def as_place(value: object, name: str) -> str | Path:
         raise wrong_type(value, "a path (str or os.PathLike)", name)
     if not path:
         raise OptionError(f"{name}: expected a path, found an empty text")
+    # The functions of `os` raise a bare ValueError.
+    if "\0" in path:
+        raise OptionError(f"{name}: expected a path, found a zero byte in {path!r}")
     # A text stays a text: `Path` would make one slash of the two in a URL.
     return Path(path) if isinstance(value, os.PathLike) else path
 

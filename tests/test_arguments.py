@@ -22,6 +22,7 @@ from apecache.arguments import (
 from apecache.data.pairs import PairSource
 from apecache.errors import ApecacheError, OptionError
 from apecache.runs.heads import TrainedHeads
+from apecache.store.import_spec import FeatureInput, ImportSpec
 from apecache.store.reader import FeatureStore
 
 
@@ -100,6 +101,21 @@ def test_integers_of_numpy_are_integers() -> None:
     require_integer(3, "k")
     require_integer(np.int64(3), "k")
     require_integer(None, "k", optional=True)
+
+
+@pytest.mark.parametrize("given", [(), (FeatureInput(features="a.npy"),), "a.npy"])
+def test_a_field_of_settings_that_holds_something_else_is_named(given: Any) -> None:
+    require_spec(ImportSpec(image=None), ImportSpec, "spec")
+    expected = rf"spec\.image: expected FeatureInput or None, found {type(given).__name__}"
+    with pytest.raises(OptionError, match=expected):
+        require_spec(ImportSpec(image=given), ImportSpec, "spec")
+
+
+@pytest.mark.parametrize("path", ["a\0b", Path("a\0b"), "hf-datasets:~\0", "s3://b/\0"])
+def test_a_path_with_a_zero_byte_is_named(path: Any) -> None:
+    for opened in (apecache.open_pairs, apecache.FeatureStore.open, apecache.load):
+        with pytest.raises(OptionError, match="zero byte"):
+            opened(path)
 
 
 def test_a_bool_in_a_field_of_integers_is_named_in_nested_settings_too() -> None:
