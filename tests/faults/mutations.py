@@ -360,7 +360,8 @@ def fsync_mutations() -> list[Mutation]:
             ):
                 begin = "".join(lines[function.lineno - 1 : node.lineno - 1])
                 line = lines[node.lineno - 1]
-                test = {"settle": KILL_CUT, "remove": REMOVED}.get(function.name, CUT)
+                tests = {"settle": KILL_CUT, "remove": REMOVED, "remove_folder": REMOVED}
+                test = tests.get(function.name, CUT)
                 name = f"fsync in {function.name}"
                 found.append(
                     Mutation(
