@@ -30,6 +30,7 @@ from apecache.evaluate.comparison import MetricDifference, compare_hits
 from apecache.evaluate.embeddings import Embeddings, embed_store, split_mask
 from apecache.heads.head import embed
 from apecache.heads.normalization import normalize
+from apecache.losses.contrastive import Groups
 from apecache.losses.registered import ComputeLoss
 from apecache.metrics.csls import measure_csls
 from apecache.metrics.protocols import measure_retrieval
@@ -381,17 +382,23 @@ def value(hits: Hits, split: str, trick: Trick) -> float:
 @contextmanager
 def numbered_rows(enabled: bool) -> Iterator[None]:
     """Let the groups of batches hold rows of the training pairs, for losses that need them."""
-    usual = batches._group_numbers
+    usual = batches.groups_of
 
-    def rows_of(pairs: FeaturePairs, rows: Tensor, captions: Tensor) -> Tensor:
-        return rows
+    def rows_of(
+        pairs: FeaturePairs,
+        order: Tensor,
+        caption_rows: Tensor,
+        size: int,
+    ) -> Iterator[Groups | None]:
+        for rows in order.split(size):
+            yield Groups(image=rows, text=rows, n_pairs=len(rows))
 
     if enabled:
-        batches._group_numbers = rows_of
+        batches.groups_of = rows_of
     try:
         yield
     finally:
-        batches._group_numbers = usual
+        batches.groups_of = usual
 
 
 def mean_of_captions(text: Tensor, train: FeaturePairs) -> Tensor:
