@@ -202,6 +202,14 @@ def add(
     ] = None,
     split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="Their split.")] = "",
     label: Annotated[str, typer.Option(metavar="LABEL", help="Their label.")] = "",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column",
+            metavar="NAME=VALUE",
+            help="Their value of a further column of the store. Repeatable.",
+        ),
+    ] = None,
     root: Root = None,
     device: Device = "auto",
     json: Json = False,
@@ -223,6 +231,7 @@ def add(
                 captions=caption or (),
                 split=split,
                 label=label,
+                columns=dict(assignments(column, "--column")),
                 root=root,
                 device=device,
                 progress=update,
@@ -266,12 +275,7 @@ def delete(
         from apecache.errors import OptionError
         from apecache.extraction.additions import delete_images
 
-        conditions: list[tuple[str, str]] = []
-        for condition in where or ():
-            column, separator, value = condition.partition("=")
-            if not separator:
-                raise OptionError(f"--where {condition}: expected COLUMN=VALUE")
-            conditions.append((column, value))
+        conditions = assignments(where, "--where")
         if not key and not conditions:
             raise OptionError("nothing to delete: give --key or --where")
         record = delete_images(store, key or (), conditions)
@@ -279,3 +283,20 @@ def delete(
             show_json({"store": str(store), **describe_view(record)})
         else:
             typer.echo(f"{store}: view {record.view} has {counted(record.n_images, 'image')}")
+
+
+def assignments(texts: list[str] | None, option: str) -> list[tuple[str, str]]:
+    """Parse values of an option like `color=red`.
+
+    Raises:
+        OptionError: A text has no `=`.
+    """
+    from apecache.errors import OptionError
+
+    pairs: list[tuple[str, str]] = []
+    for text in texts or ():
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise OptionError(f"{option} {text}: expected COLUMN=VALUE")
+        pairs.append((name, value))
+    return pairs

@@ -1,7 +1,7 @@
 """Add images to a store, and delete images from it: small edits that make a new view."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def add_images(
     captions: Sequence[str] = (),
     split: str = "",
     label: str = "",
+    columns: Mapping[str, str] | None = None,
     root: AnyPath | None = None,
     device: str = "auto",
     progress: ExtractionProgress = lambda *_: None,
@@ -47,6 +48,7 @@ def add_images(
         captions: Captions of each of these images; may be empty.
         split: Split of the images; empty: as the rule of `apecache split` says, if there is one.
         label: Label of the images.
+        columns: Value of further columns of the view by name; the images have none in others.
         root: Folder that keys are relative to; None for the one that the store has recorded.
         device: Where the encoders run.
         progress: As `extract` takes it.
@@ -56,7 +58,8 @@ def add_images(
 
     Raises:
         DataError: An image is not below `root`, or the store has its key already.
-        OptionError: The recorded folder does not exist any more, and no other is given.
+        OptionError: The recorded folder does not exist any more, and no other is given; or the view
+            has no such column.
     """
     store_place = as_place(store, "store")
     opened = FeatureStore.open(store_place)
@@ -70,6 +73,15 @@ def add_images(
             raise DataError(
                 f"{store_place} has {key} already; after a change of it: apecache extract"
             )
+    further = further_columns(opened.pairs)
+    for name, value in (columns or {}).items():
+        if name not in further:
+            available = ", ".join(further) or "none"
+            raise OptionError(
+                f"{store_place} holds no column {name!r}; found: {available}"
+                f"{nearest(name, list(further))}; apecache extract --column keeps one of the table"
+            )
+        further[name] |= dict.fromkeys(keys, value)
     languages = ("",) * len(captions)
     added = [
         Pair(key=key, captions=tuple(captions), languages=languages, split=split, label=label)
@@ -86,7 +98,7 @@ def add_images(
         media=media_below(folder),
         pixels=spec_of_options(options).pixels,
         options=options,
-        columns=further_columns(opened.pairs),
+        columns=further,
     )
     specs = recorded_specs(opened, device)
     return [extract(source, store_place, spec, progress) for spec in specs]

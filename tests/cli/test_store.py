@@ -526,6 +526,39 @@ def test_images_are_added_and_deleted(
     )
 
 
+def test_a_further_column_is_kept_added_to_and_deleted_by(
+    shapes: Path,
+    tiny_image_encoder: Path,
+    tmp_path: Path,
+    load_once: None,
+) -> None:
+    header, *lines = shapes.read_text(encoding="utf-8").splitlines()
+    table = shapes.with_name("priced.tsv")
+    priced = [f"{line}\t{20 if '/red' in line else 10}" for line in lines]
+    table.write_text("\n".join([f"{header}\tprice", *priced]) + "\n", encoding="utf-8")
+    store = tmp_path / "store"
+    image = ("--image", f"timm:{tiny_image_encoder}")
+    call_json("extract", table, "--store", store, *image, "--column", "price")
+    assert call_json("info", store)["columns"] == ["price"]
+    assert "further columns: price" in call("info", store).output
+    assert call_json("views", "list", store)["views"][-1]["columns"] == ["price"]
+    new = shapes.parent / "images" / "priced.png"
+    draw_shape("red", "circle", 60).save(new)
+    call_json("add", store, new, "--column", "price=20", "--root", shapes.parent)
+    pairs = FeatureStore.open(store).pairs
+    assert pairs.columns["price"].tolist()[-1] == "20"
+    told = call_json("delete", store, "--where", "price=20")
+    assert told["n_images"] == (pairs.columns["price"] != "20").sum()
+    for command in (
+        ("add", store, new, "--column", "price"),
+        ("delete", store, "--where", "price"),
+    ):
+        assert "expected COLUMN=VALUE" in error_of(call(*command), 2)
+    assert "--column" in error_of(
+        call("extract", table, "--store", store, *image, "--column", "prize"), 3
+    )
+
+
 def link_outside(image: Path) -> None:
     shutil.copy(image, image.parents[2] / "outside.png")
     image.unlink()

@@ -147,6 +147,13 @@ def test_columns_stay_when_the_table_lacks_them_and_when_images_are_added(
     colored(products, lambda line: "other")
     add_images(store, [tmp_path / "images" / "new.png"], split="train", device="cpu")
     assert colors_of(store) == {**known, "images/new.png": ""}
+    draw_shape("red", "circle", 91).save(tmp_path / "images" / "newer.png")
+    newer = tmp_path / "images" / "newer.png"
+    add_images(store, [newer], split="train", columns={"color": "red"}, device="cpu")
+    assert colors_of(store) == {**known, "images/new.png": "", "images/newer.png": "red"}
+    unknown = shutil.copy(newer, newer.with_name("newest.png"))
+    with pytest.raises(OptionError, match=r"no column 'colour'; found: color"):
+        add_images(store, [unknown], columns={"colour": "red"}, device="cpu")
     # The table is written without the column.
     table.write_text(plain, encoding="utf-8")
     extract_colored(table, store, tiny_image_encoder)
