@@ -81,7 +81,11 @@ class Files(Protocol):
         """Remove one object, durably, if it is there."""
 
     def remove_folder(self, folder: str) -> None:
-        """Remove a folder with everything below it, durably; what cannot be removed stays."""
+        """Remove a folder with everything below it, durably.
+
+        Raises:
+            StoreError: A file cannot be removed.
+        """
 
     def remove_temporary(self, *folders: str) -> None:
         """Remove the temporary files of killed writers in the root and anywhere below `folders`."""

@@ -187,10 +187,14 @@ class LocalFiles:
 
     def remove_folder(self, folder: str) -> None:
         path = self.path(folder)
-        shutil.rmtree(path, ignore_errors=True)
-        # Also if the folder was gone: its removal may not have been durable.
-        if path.parent.is_dir():
-            with self._explained(folder):
+        with self._explained(folder):
+            while path.is_dir():
+                # Another process may remove the same files; what cannot be removed is an error,
+                # because callers remove next what leads to these files.
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(path)
+            # Also if the folder was gone: its removal may not have been durable.
+            if path.parent.is_dir():
                 self._sync_folder(path.parent)
 
     def exists(self, name: str) -> bool:

@@ -256,7 +256,7 @@ def removal_power_cuts(bench: Bench) -> Row:
 
 
 def removal_failing_calls(bench: Bench) -> Row:
-    result = removals.removal_errors(bench.folder, bench.count(40, 5))
+    result = removals.removal_errors(bench.folder, bench.count(40, 1))
     detail = ", ".join(f"{count} {op}" for op, count in sorted(result.kinds.items()))
     return _row(
         "system call fails while views are removed",

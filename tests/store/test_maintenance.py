@@ -1,6 +1,8 @@
 """Taking things out of a store, and putting back what it knows twice: right whenever it is
 interrupted."""
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +205,31 @@ def test_removing_takes_all_of_one_array_and_nothing_else(two: Path) -> None:
     assert tree(two) == {name: data for name, data in before.items() if name not in mine}
     assert not (two / "records/image/both").exists()
     assert not (two / "features.zarr/image/both").exists()
+    assert verify_store(two).problems == ()
+
+
+def test_a_removal_that_the_disk_refuses_is_an_error_and_can_be_repeated(
+    two: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = tree(two)
+    real_unlink = os.unlink
+
+    def unlink(path: Any, **options: Any) -> None:
+        if str(path).endswith("c.1.0"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real_unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", unlink)
+        with pytest.raises(StoreError, match="Input/output error"):
+            remove_array(LocalFiles(two), "image", "both")
+    # While data are left, the array is still known, so that removing it again finds them.
+    assert find_array(LocalFiles(two), "image/both") == ("image", "both")
+    remove_array(LocalFiles(two), "image", "both")
+    assert tree(two) == {
+        name: data for name, data in before.items() if "/image/both/" not in f"/{name}"
+    }
     assert verify_store(two).problems == ()
 
 
