@@ -125,6 +125,13 @@ def forecast(
         typer.Option(metavar="SHARES", help="Shares of the training images, with commas between."),
     ] = "0.0625,0.125,0.25,0.5,1",
     seeds: Annotated[int, typer.Option(min=1, help="Fits of each share.")] = 3,
+    tower: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DURATION",
+            help="Also train the last blocks of the text tower, for at most this long, like 5m.",
+        ),
+    ] = None,
     view: View = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -133,11 +140,13 @@ def forecast(
     """Predict R@1 with more pairs, and measure what else would help.
 
     Heads are fitted on nested subsets. A power law continues their curve to 2, 5 and 10 times the
-    images. Beside it stand the gains of other encoders in the store, and of several captions.
+    images. Beside it stand the gains of other encoders in the store, and of several captions. With
+    --tower one epoch of a trained text tower is measured too, which takes minutes.
 
-    Example: apecache forecast store --run run --out forecast
+    Example: apecache forecast store --run run --out forecast --tower 5m
     """
     with ending():
+        from apecache.auto.budget import parse_duration
         from apecache.auto.forecast import ForecastSpec
         from apecache.auto.forecast import forecast as measure
         from apecache.errors import OptionError
@@ -157,8 +166,10 @@ def forecast(
             seeds=seeds,
             seed=seed,
             device=device,
+            tower_seconds=None if tower is None else parse_duration(tower, "--tower"),
         )
-        report = measure(FeatureStore.open(store, view), out, spec, show_fit)
+        opened = FeatureStore.open(store, view)
+        report = measure(opened, out, spec=spec, progress=show_fit, announce=show_cost)
         page = write_forecast_page(report, out / "index.html")
         if json:
             show_json({**report.to_json(), "page": str(page)})
@@ -172,6 +183,11 @@ def show_fit(what: str, recall: float) -> None:
     typer.echo(f"{what}: dev mean R@1 {recall:.1f}", err=True)
 
 
+def show_cost(line: str) -> None:
+    """Show what begins, and what it will cost, on standard error."""
+    typer.echo(line, err=True)
+
+
 def show_forecast(report: "ForecastReport") -> None:
     """Show the curve, its continuation and the measured gains."""
     rows: list[tuple[object, ...]] = []
@@ -182,6 +198,15 @@ def show_forecast(report: "ForecastReport") -> None:
         interval = f"predicted, {prediction.low:.1f} to {prediction.high:.1f}"
         rows.append((f"{prediction.n_images:,} images", prediction.recall, interval))
     for gain in report.gains:
-        rows.append((gain.change, gain.recall, f"measured; {gain.baseline:.1f} without"))
+        words = f"measured; {gain.baseline:.1f} without"
+        if gain.paired_low is not None and gain.paired_high is not None:
+            difference = gain.recall - gain.baseline
+            words += f"; {difference:+.1f} ({gain.paired_low:+.1f} to {gain.paired_high:+.1f})"
+        rows.append((gain.change, gain.recall, words))
     title = f"{report.recipe}: mean R@1 on dev, chance {report.chance:.1f}"
     show_table(title, ("training data", "mean R@1", ""), rows)
+    for gain in report.gains:
+        if gain.note:
+            typer.echo(gain.note)
+    if report.no_tower:
+        typer.echo(f"no trial of the text tower: {report.no_tower}")

@@ -160,7 +160,7 @@ def open_state(out: Path, identity: dict[str, Json], budget_seconds: float) -> S
     return state
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(text: str, option: str = "--budget") -> float:
     """Parse `90s`, `10m` or `2h` as seconds; a number alone is seconds.
 
     Raises:
@@ -173,5 +173,5 @@ def parse_duration(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise OptionError(f"--budget {text}: expected a duration like 90s, 10m or 2h")
+        raise OptionError(f"{option} {text}: expected a duration like 90s, 10m or 2h")
     return seconds

@@ -1,10 +1,12 @@
 """Predict what more pairs would bring, and measure what else would help.
 
 Heads are fitted on nested subsets of the training images: a learning curve, which a power law
-continues. Beside it stand the measured gains of a second encoder and of more captions.
+continues. Beside it stand the measured gains of a second encoder, of more captions, and of a text
+tower that trains.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -15,11 +17,13 @@ from numpy.typing import NDArray
 from apecache.arguments import AnyPath, as_path, require_spec, require_type
 from apecache.auto.fold_fit import fit_in_memory, select_images
 from apecache.auto.power_law import Prediction, predict
+from apecache.auto.tower_trial import Announce, TowerTrial, try_tower
 from apecache.device import resolve_device
-from apecache.errors import OptionError, RecipeError, RunError, counted
+from apecache.errors import ApecacheError, OptionError, RecipeError, RunError, counted
+from apecache.evaluate.comparison import METRICS, compare_hits
 from apecache.evaluate.embeddings import find_features
 from apecache.fingerprint import Json
-from apecache.metrics.statistics import estimate_from_recalls
+from apecache.metrics.statistics import estimate_from_recalls, estimate_recall
 from apecache.recipes.recipe import Recipe, load_recipe, parse_recipe
 from apecache.runs.heads import load_heads
 from apecache.runs.load import require_head_run
@@ -27,8 +31,9 @@ from apecache.storage.replace import replace_text
 from apecache.store.joined import BETWEEN_NAMES
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import FeaturePairs, SplitSpec
+from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.head_data import load_splits, require_kind
-from apecache.train.model import evaluate_model
+from apecache.train.model import AlignmentModel, evaluate_model
 
 FORECAST = "forecast.json"
 LEAST_IMAGES = 40
@@ -36,6 +41,8 @@ LEAST_IMAGES = 40
 LEAST_BATCH = 32
 MULTIPLES = (2, 5, 10)
 """Multiples of the training images that are predicted."""
+METRIC = "mean R@1"
+"""Metric of the paired comparison, a name in `apecache.evaluate.comparison.METRICS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +67,11 @@ class ForecastSpec:
     """Seed of the first subset and fit."""
     device: str = "auto"
     """Device of the fits."""
+    tower_seconds: float | None = None
+    """Most time of the training steps of a text tower, whose gain is measured; None: no tower
+    trains. A trial that would take longer is shortened."""
+    tower_epochs: int = 1
+    """Epochs of that trial, each of all captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +95,12 @@ class Gain:
     low: float
     """Lower end of the 95 % interval of `recall`."""
     high: float
+    paired_low: float | None = None
+    """Lower end of the 95 % interval of `recall` less `baseline`, paired over the same dev images;
+    None: not paired."""
+    paired_high: float | None = None
+    note: str = ""
+    """What was measured, and what it cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +116,8 @@ class ForecastReport:
     """Measured gains of other changes."""
     chance: float
     """Mean R@1 of a random order on dev."""
+    no_tower: str = ""
+    """Why no text tower was tried; empty if one was, or none was asked for."""
 
     def to_json(self) -> dict[str, Json]:
         """Return the report as JSON."""
@@ -124,6 +144,7 @@ def forecast(
     out: AnyPath,
     spec: ForecastSpec | None = None,
     progress: ForecastProgress = lambda *_: None,
+    announce: Announce = lambda _: None,
 ) -> ForecastReport:
     """Measure a learning curve, predict its continuation, and write `forecast.json`.
 
@@ -132,9 +153,10 @@ def forecast(
         out: Folder to write to.
         spec: What is measured, and how.
         progress: Called after each fit.
+        announce: Called with the cost of the trial of a text tower, before it begins.
 
     Raises:
-        OptionError: The shares or seeds make no curve.
+        OptionError: The shares or seeds make no curve, or the trial of a text tower has no time.
         RunError: The run is not one of fit-head.
         RecipeError: There are too few images, or the recipe does not suit the features.
     """
@@ -145,8 +167,32 @@ def forecast(
     _require_curve(spec)
     inputs = _open(store, spec)
     train, dev = _load(inputs, inputs.image_name, spec)
-    curve = _curve(inputs.recipe, train=train, dev=dev, spec=spec, progress=progress)
+    curve, heads = _curve(inputs.recipe, train=train, dev=dev, spec=spec, progress=progress)
     n_train = len(train)
+    gains = _gains(
+        inputs,
+        curve=curve,
+        train=train,
+        dev=dev,
+        spec=spec,
+        progress=progress,
+    )
+    no_tower = ""
+    if spec.tower_seconds is not None:
+        heads = heads or fit_in_memory(inputs.recipe, train=train, dev=dev, seed=spec.seed).model
+        try:
+            gain = _tower_gain(
+                inputs,
+                heads=heads,
+                spec=spec,
+                limit_seconds=spec.tower_seconds,
+                announce=announce,
+            )
+            gains.append(gain)
+            progress(gain.change, gain.recall)
+        except ApecacheError as error:
+            # The rest of the forecast does not need the tower.
+            no_tower = str(error)
     report = ForecastReport(
         recipe=inputs.recipe.name,
         n_train_images=n_train,
@@ -158,17 +204,9 @@ def forecast(
                 [multiple * n_train for multiple in MULTIPLES],
             )
         ),
-        gains=tuple(
-            _gains(
-                inputs,
-                curve=curve,
-                train=train,
-                dev=dev,
-                spec=spec,
-                progress=progress,
-            )
-        ),
+        gains=tuple(gains),
         chance=100 / len(dev),
+        no_tower=no_tower,
     )
     out.mkdir(parents=True, exist_ok=True)
     replace_text(out / FORECAST, json.dumps(report.to_json(), indent=1, ensure_ascii=False))
@@ -181,6 +219,10 @@ def _require_curve(spec: ForecastSpec) -> None:
         raise OptionError("shares: expected at least 3 different ones above 0, at most 1")
     if spec.seeds < 1:
         raise OptionError(f"seeds: expected at least 1, found {spec.seeds}")
+    if spec.tower_epochs < 1:
+        raise OptionError(f"tower_epochs: expected at least 1, found {spec.tower_epochs}")
+    if spec.tower_seconds is not None and not 0 < spec.tower_seconds < math.inf:
+        raise OptionError(f"tower_seconds: expected some above 0, found {spec.tower_seconds}")
 
 
 def _open(store: FeatureStore, spec: ForecastSpec) -> ForecastInputs:
@@ -233,8 +275,12 @@ def _curve(
     dev: FeaturePairs,
     spec: ForecastSpec,
     progress: ForecastProgress,
-) -> list[CurvePoint]:
-    """Fit nested subsets: a larger share of one seed holds all images of the smaller ones."""
+) -> tuple[list[CurvePoint], AlignmentModel | None]:
+    """Fit nested subsets: a larger share of one seed holds all images of the smaller ones.
+
+    Returns:
+        The curve, and the heads of the first seed on all images; None if no share is all.
+    """
     subset_sizes = sorted({round(share * len(train)) for share in spec.shares})
     if subset_sizes[0] < LEAST_IMAGES:
         raise RecipeError(
@@ -242,20 +288,24 @@ def _curve(
             f"{LEAST_IMAGES} are needed: give larger --shares"
         )
     points: list[CurvePoint] = []
+    complete: AlignmentModel | None = None
     for size in subset_sizes:
         recalls: list[float] = []
         for seed in range(spec.seed, spec.seed + spec.seeds):
             images = subset(len(train), size, seed)
-            recall = measured_recall(
+            fit = fit_in_memory(
                 scaled_recipe(recipe, size / len(train)),
                 train=select_images(train, images),
                 dev=dev,
                 seed=seed,
             )
+            recall = evaluate_model(fit.model, dev).mean_recall_at_1
+            if size == len(train) and seed == spec.seed:
+                complete = fit.model
             recalls.append(recall)
             progress(counted(size, "image"), recall)
         points.append(CurvePoint(n_images=size, recalls=tuple(recalls)))
-    return points
+    return points, complete
 
 
 def subset(n_images: int, size: int, seed: int) -> NDArray[np.int64]:
@@ -321,3 +371,55 @@ def _gains(
         )
         gains.append(gain)
     return gains
+
+
+def _tower_gain(
+    inputs: ForecastInputs,
+    heads: AlignmentModel,
+    spec: ForecastSpec,
+    limit_seconds: float,
+    announce: Announce,
+) -> Gain:
+    """Measure a text tower that trains, from the heads of the first seed.
+
+    Raises:
+        ApecacheError: The text tower cannot be tried.
+    """
+    trial = try_tower(
+        inputs.store,
+        model=heads,
+        recipe=inputs.recipe,
+        spec=FitEncoderSpec(
+            image_features=inputs.image_name,
+            text_features=inputs.text_name,
+            splits=inputs.splits,
+            seed=spec.seed,
+            device=spec.device,
+        ),
+        n_epochs=spec.tower_epochs,
+        limit_seconds=limit_seconds,
+        announce=announce,
+    )
+    paired = compare_hits([trial.after], [trial.before], metric=METRIC, chance=0.0)
+    estimate = estimate_recall([trial.after], METRICS[METRIC])
+    return Gain(
+        change=f"text tower trained, last {counted(trial.n_blocks, 'block')}",
+        recall=paired.value_a,
+        baseline=paired.value_b,
+        low=estimate.low,
+        high=estimate.high,
+        paired_low=paired.low,
+        paired_high=paired.high,
+        note=_note(trial),
+    )
+
+
+def _note(trial: TowerTrial) -> str:
+    """Say what a trial brought by the steadier mean of all recalls, and what it cost."""
+    whole = compare_hits([trial.after], [trial.before], metric="mean of all", chance=0.0)
+    return (
+        f"text tower: mean of R@1, 5 and 10 {whole.difference:+.1f} ({whole.low:+.1f} to "
+        f"{whole.high:+.1f}); {counted(trial.n_steps, 'step')} of {trial.n_epoch_steps:,} in an "
+        f"epoch, {trial.seconds:.0f} s in all; a short trial, a lower bound of what fit-encoder "
+        "brings"
+    )

@@ -84,14 +84,33 @@ def write_forecast_page(report: ForecastReport, path: AnyPath) -> Path:
     )
     gains = Table(
         title="Other changes, measured with all training images",
-        columns=("change", "mean R@1, %", "from", "to", "without"),
-        rows=tuple((g.change, g.recall, g.low, g.high, g.baseline) for g in report.gains),
+        columns=(
+            "change",
+            "mean R@1, %",
+            "from",
+            "to",
+            "without",
+            "paired gain from",
+            "paired gain to",
+        ),
+        rows=tuple(
+            (g.change, g.recall, g.low, g.high, g.baseline, g.paired_low, g.paired_high)
+            for g in report.gains
+        ),
     )
     page = Page(
         title=f"What would help {report.recipe}?",
         subtitle=f"{report.n_train_images:,} training images, {report.n_dev_images:,} dev images",
         tables=(predictions, gains) if report.gains else (predictions,),
         charts=(chart,),
-        notes=(f"Chance at R@1: {report.chance:.2f} %.",),
+        notes=(f"Chance at R@1: {report.chance:.2f} %.", *_remarks(report)),
     )
     return write_page(page, as_path(path, "path"))
+
+
+def _remarks(report: ForecastReport) -> list[str]:
+    """Return what the measured gains leave open."""
+    remarks = [f"{gain.note}." for gain in report.gains if gain.note]
+    if report.no_tower:
+        remarks.append(f"No trial of the text tower: {report.no_tower}.")
+    return remarks

@@ -139,12 +139,7 @@ class EncoderFit(Fit[EncoderModel]):
     @torch.no_grad()
     def evaluate(self, dev: FeaturePairs) -> RetrievalReport:
         """Measure retrieval among all images and captions of dev, without augmentation."""
-        self.model.eval()
-        image_inputs, text_inputs = self.inputs
-        image_rows = dev.image.tolist()
-        text_rows = dev.text.tolist()
-        image = self._embed(self.model.image, image_inputs, image_rows)
-        text = self._embed(self.model.text, text_inputs, text_rows)
+        image, text = self.embed(dev)
         relevance = None if dev.relevance is None else dev.relevance.to(image.device)
         return dev_report(
             image,
@@ -152,6 +147,15 @@ class EncoderFit(Fit[EncoderModel]):
             dev.image_of_text.to(image.device),
             relevance=relevance,
         )
+
+    @torch.no_grad()
+    def embed(self, pairs: FeaturePairs) -> tuple[Tensor, Tensor]:
+        """Embed images and texts, [n, dim] and [m, dim], L2-normalized, without augmentation."""
+        self.model.eval()
+        image_inputs, text_inputs = self.inputs
+        image = self._embed(self.model.image, image_inputs, pairs.image.tolist())
+        text = self._embed(self.model.text, text_inputs, pairs.text.tolist())
+        return image, text
 
     def _embed(self, side: Side | SharedSide, source: Inputs, rows: Sequence[int]) -> Tensor:
         """Return the embeddings of these rows, [n, dim], each process encoding its share."""

@@ -4,7 +4,7 @@
         --tokens … --work runs
     python -m benchmarks.quality.unfrozen --quick            # no tower: only says what would run
 
-For each seed `projection` is fitted on cached features, then `lit-warm.toml` begins with its heads. The
+For each seed `projection` is fitted on cached features, then `lit-warm` begins with its heads. The
 image side is read from the cache; several image features, with commas between, are joined. The text
 tower starts from the cached tokens `--tokens`, or with `--text ENCODER` from the captions. Train images
 fit, a seeded 500 of them choose the epoch, val is only reported. `by CSLS` is the mean R@1 under another
@@ -40,7 +40,7 @@ from apecache.train.head_data import FitSpec
 from benchmarks.quality.options import store_parser
 from benchmarks.record import Goal, print_goals, print_table, write_result
 
-RECIPE = Path(__file__).with_name("lit-warm.toml")
+RECIPE = "lit-warm"
 METRIC = "mean R@1"
 
 
@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--join", default="concat", help="how several image features are joined")
     parser.add_argument("--target", type=float, default=33.0, help="mean R@1 on val to reach")
     parser.add_argument("--autocast", default="bfloat16", help="computation of the tower")
-    parser.add_argument("--set", action="append", default=[], help="setting of lit-warm.toml")
+    parser.add_argument("--set", action="append", default=[], help="setting of lit-warm")
     parser.add_argument("--slice", type=int, default=64)
     options = parser.parse_args()
     has_tower = bool(options.text) != bool(options.tokens)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from apecache_cli.app import app
 from planted_pairs import Planted, write_planted
+from tiny import extract_tiny, make_shapes
 from typer.testing import CliRunner
 
 runner = CliRunner()
@@ -55,6 +56,42 @@ def test_forecast_prints_curve_and_predictions(planted: Planted, tmp_path: Path)
     assert (tmp_path / "index.html").is_file()
     wrong = runner.invoke(app, [str(word) for word in (*command, "--shares", "a,b")])
     assert wrong.exit_code == 2
+
+
+def test_forecast_measures_a_trained_tower_and_says_what_it_costs(
+    tiny_image_encoder: Path,
+    tiny_text_encoder: Path,
+    tmp_path: Path,
+) -> None:
+    store = tmp_path / "store"
+    table = make_shapes(tmp_path / "shapes", copies=6)
+    extract_tiny(table, store=store, image=tiny_image_encoder, text=tiny_text_encoder)
+    command = ("forecast", store, "--out", tmp_path / "out", "--recipe", "cca", "--seeds", 1)
+    options = ("--shares", "0.94,0.97,1", "--device", "cpu", "--tower")
+    result = runner.invoke(app, [str(word) for word in (*command, *options, "1m", "--json")])
+    assert result.exit_code == 0, result.output
+    assert "text tower: 1 step from the captions, about 1 s" in result.stderr
+    gain = json.loads(result.stdout)["gains"][-1]
+    assert gain["change"] == "text tower trained, last 2 blocks"
+    assert gain["paired_low"] <= gain["recall"] - gain["baseline"] <= gain["paired_high"]
+    assert json.loads((tmp_path / "out" / "forecast.json").read_text())["gains"][-1] == gain
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert gain["change"] in page
+    assert gain["note"] in page
+    shown = run(*command, *options, "1m")
+    assert "text tower trained, last 2 blocks" in shown
+    assert "lower bound" in shown
+    wrong = runner.invoke(app, [str(word) for word in (*command, *options, "soon")])
+    assert wrong.exit_code == 2
+    assert "--tower soon" in wrong.stderr
+
+
+def test_forecast_says_why_no_tower_is_tried(planted: Planted, tmp_path: Path) -> None:
+    command = ("forecast", planted.store.path, "--out", tmp_path, "--recipe", "cca")
+    options = ("--image-features", "eye0", "--shares", "0.25,0.5,1", "--seeds", 1)
+    shown = run(*command, *options, "--device", "cpu", "--tower", "1m")
+    assert "no trial of the text tower: encoder hf:words cannot be opened" in shown
+    assert "No trial of the text tower: encoder hf:words" in (tmp_path / "index.html").read_text()
 
 
 def test_auto_ends_with_a_run_and_the_command_that_makes_it_again(

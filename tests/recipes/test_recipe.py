@@ -132,8 +132,9 @@ def test_counting_parameters_of_widths_that_do_not_work_is_refused() -> None:
 
 
 def test_the_tower_zoo_has_the_papers_recipes_under_names_of_their_own() -> None:
-    found = sorted(path.name for path in (files("apecache.recipes") / "tower_zoo").iterdir())
-    assert [f"{name}.toml" for name in tower_zoo_names()] == found
+    listed = (files("apecache.recipes") / "tower_zoo").iterdir()
+    found = sorted(path.name.removesuffix(".toml") for path in listed)
+    assert tower_zoo_names() == found
     assert {
         *(f"lilt-{row}" for row in "abcdefghijklmnop"),
         "lilt-pattern-a",
@@ -149,7 +150,9 @@ def test_every_recipe_of_the_tower_zoo_loads_and_says_its_source(name: str) -> N
     recipe = load_recipe(name)
     assert recipe.name == name
     assert len(recipe.source) > 50
-    assert (recipe.image.standardize, recipe.text.standardize) == (False, False)
+    # Features of a tower that trains change, so only a cached side has statistics.
+    assert recipe.image.standardize == (name == "lit-warm")
+    assert not recipe.text.standardize
     image, text = build_heads(
         recipe.image,
         text=recipe.text,
