@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from apecache.encoders.load import count_classes, shape_tower
 from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.tower import Tower
 from apecache.errors import EncoderError, RecipeError
 from apecache.fingerprint import Fingerprint, Json, Modality
 from apecache.plan.counting import PlanSpec
@@ -128,9 +129,19 @@ def count(job: Job) -> ModelCosts:
 @cache
 def _count(job: Job) -> ModelCosts:
     spec = _plan_spec(job)
-    shapes = [partial(shape_tower, job.encoder(side)) for side in ("image", "text")]
     teacher = partial(_taught, job, spec) if job.recipe.distillation else None
-    return count_model(job.recipe, image=shapes[0], text=shapes[1], spec=spec, teacher=teacher)
+    return count_model(
+        job.recipe,
+        image=partial(_shape, job, "image"),
+        text=partial(_shape, job, "text"),
+        spec=spec,
+        teacher=teacher,
+    )
+
+
+def _shape(job: Job, side: Modality) -> Tower:
+    """Of a frozen side any encoder can be counted, as `apecache plan` counts it."""
+    return shape_tower(job.encoder(side), is_frozen=job.recipe.towers.is_frozen(side))
 
 
 def _plan_spec(job: Job) -> PlanSpec:
@@ -181,6 +192,11 @@ class Planned:
         return self.claim.metric
 
     @property
+    def all_jobs(self) -> tuple[Job, ...]:
+        heads = () if self.heads is None else (self.heads,)
+        return (*(job for jobs in self.jobs.values() for job in jobs), *heads)
+
+    @property
     def gap(self) -> float:
         """Published, without its sign; -1 where none is."""
         return -1.0 if self.claim.published is None else abs(self.claim.published)
@@ -224,7 +240,7 @@ def _planned(law: Law, claim: Claim, setting: LawsSetting, towers: bool) -> Plan
 
 def _heads_alone(job: Job, claim: Claim) -> Job | None:
     """A closed form on the encoders and images of an arm; None for what is only counted."""
-    if claim.metric in COUNTED or claim.saves:
+    if claim.metric in COUNTED:
         return None
     recipe = load_recipe(HEADS_ALONE)
     return replace(job, recipe=recipe, teacher=None, start="pretrained", seed=0, autocast="float32")
