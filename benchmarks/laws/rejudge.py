@@ -4,8 +4,8 @@
 
 Results that were made before losses were recorded hold no evidence that their arms had learnt, so
 that none of their recalls is testable. Their differences and intervals stay. The verdict of the rule
-that they were made under is kept beside the new one, under `former`. Runs with recorded losses were
-judged by all of the rule when they were made, and stay as they are.
+that they were made under is kept beside the new one, under `former`. Runs with recorded losses
+were judged by all of the rule when they were made, and stay as they are.
 """
 
 import json
@@ -40,7 +40,10 @@ def rejudged(value: dict[str, Any]) -> dict[str, Any]:
     """The same result with present verdicts, and the former ones under `former`."""
     changed = {**value, "law": _rejudged_law(value["law"])}
     if "earlier" in value:
-        changed["earlier"] = [{**run, "law": _rejudged_law(run["law"])} for run in value["earlier"]]
+        earlier = []
+        for run in value["earlier"]:
+            earlier.append({**run, "law": _rejudged_law(run["law"])})
+        changed["earlier"] = earlier
     if not value.get("former") and not _recorded_losses(value["law"]):
         changed["former"] = [
             {"name": one["name"], "metric": one["metric"], "verdict": one["judgement"]["verdict"]}

@@ -5,8 +5,8 @@
     python -m benchmarks.laws.render --page laws.html   # and the same as a page with pictures
 
 A result that is taken gets the commit, the machine and the versions beside it. Comparisons that it
-measured replace those of the same law; what earlier runs alone measured stays under `earlier`. Laws
-of which nothing was measured are not taken.
+measured replace those of the same law; what earlier runs alone measured stays under `earlier`.
+Laws of which nothing was measured are not taken.
 """
 
 import argparse
@@ -41,10 +41,10 @@ SMALL = (
     "before losses were recorded."
 )
 NOT_RUN = (
-    "Not run again: comparisons of which an arm trains the image tower, its norms or its adapters. "
-    "These arms run the image tower from pixels in every step, so that nothing of it can be cached. "
-    "The last column says what these runs would take for the same law, at this size and at the rate "
-    "of the runs that were made."
+    "Not run again: comparisons of which an arm trains the image tower, its norms or its "
+    "adapters. These arms run the image tower from pixels in every step, so that nothing of it can "
+    "be cached. The last column says what these runs would take for the same law, at this size and "
+    "at the rate of the runs that were made."
 )
 FORMER = (
     "The former rule called a difference broken that was smaller than half of the recall, chance "
@@ -123,15 +123,18 @@ def with_earlier(value: dict[str, Any], committed: dict[str, Any]) -> dict[str, 
 
 
 def runs_of(one: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the runs of a committed file, oldest first: commit, machine, versions and law of each."""
+    """Return the runs of a committed file, oldest first.
+
+    Each has its commit, machine, versions and law.
+    """
     latest = {name: one[name] for name in ("commit", "machine", "versions", "law")}
     return [*one.get("earlier", ()), latest]
 
 
 def laws_of(one: dict[str, Any]) -> list[LawResult]:
-    """Return the law of each run of a committed file, oldest first, every comparison in one of them.
+    """Return the law of each run of a committed file, oldest first.
 
-    What no run measured stands in the latest.
+    Every comparison stands in one of them, what no run measured in the latest.
     """
     runs = [result_of(run["law"]) for run in runs_of(one)]
     *earlier, latest = runs

@@ -74,9 +74,9 @@ class ArmResult:
 
 @dataclass(frozen=True, kw_only=True)
 class LawResult:
-    """`setting`: how large the runs were, on what, without paths. `cpu_hours`: of the runs that were
-    made, each once; `made_flops`, `left_flops`: counted operations of these and of those still to be
-    made. All three are 0 in results of older versions."""
+    """`setting`: how large the runs were, on what, without paths. `cpu_hours`: of the runs that
+    were made, each once; `made_flops`, `left_flops`: counted operations of these and of those still
+    to be made. All three are 0 in results of older versions."""
 
     id: str
     title: str

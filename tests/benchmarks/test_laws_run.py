@@ -351,7 +351,8 @@ def test_parts_of_the_pairs_share_what_is_encoded(
     bench = Bench(setting=setting, jobs=tuple(jobs_in_turn(planned)))
     parts = {job.images: bench.store(job) for job in bench.jobs if not job.noise}
     noisy = next(bench.store(job) for job in bench.jobs if job.noise)
-    assert {store.path for store in [*parts.values(), noisy]} == {setting.work / "stores" / "pairs"}
+    paths = {store.path for store in [*parts.values(), noisy]}
+    assert paths == {setting.work / "stores" / "pairs"}
     assert len(encoded) == len(parts) + 1
     assert sum(encoded) == max(len(store.pairs.keys) for store in parts.values())
     # Each keeps its own view.
