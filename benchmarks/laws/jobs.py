@@ -15,7 +15,7 @@ from apecache.fingerprint import Fingerprint, Json, Modality
 from apecache.plan.counting import PlanSpec
 from apecache.plan.counting_shared import TeacherSizes, count_teacher
 from apecache.plan.devices import Device
-from apecache.plan.plan import ModelCosts, cost_of, count_model
+from apecache.plan.plan import Cost, ModelCosts, cost_of, count_model
 from apecache.recipes.recipe import Recipe, load_recipe, parse_recipe
 from apecache.recipes.schedule import OptimizerSpec, ScheduleSpec
 from benchmarks.laws.law import COUNTED, Arm, Claim, Law
@@ -163,13 +163,32 @@ def counted_costs(job: Job) -> dict[str, float]:
         found = count(job)
     except (EncoderError, RecipeError):
         return {}
-    cost = cost_of(job.recipe, model=found, spec=_plan_spec(job), device=COUNTED_ON, cached=True)
+    cost = _cost(job, found)
     return {
         "trained": found.n_trained,
         "step-flops": cost.step_flops,
         "total-flops": cost.total_flops,
         "peak-bytes": cost.peak_bytes,
     }
+
+
+def training_flops(job: Job) -> float:
+    """Of all its steps, without what fills the cache; 0 for encoders that cannot be counted."""
+    try:
+        cost = _cost(job, count(job))
+    except (EncoderError, RecipeError):
+        return 0.0
+    return float(cost.total_flops - cost.once_flops)
+
+
+def _cost(job: Job, counted: ModelCosts) -> Cost:
+    return cost_of(
+        job.recipe,
+        model=counted,
+        spec=_plan_spec(job),
+        device=COUNTED_ON,
+        cached=True,
+    )
 
 
 # --- from arms to jobs ----------------------------------------------------------------------------

@@ -41,10 +41,14 @@ SMALL = (
     "before losses were recorded."
 )
 NOT_RUN = (
-    "Not run again: comparisons of which an arm trains the image tower, its norms or its "
-    "adapters. These arms run the image tower from pixels in every step, so that nothing of it can "
-    "be cached. The last column says what these runs would take for the same law, at this size and "
-    "at the rate of the runs that were made."
+    "Not run again, because an arm trains the image tower, its norms or its adapters, so that the "
+    "tower runs from pixels in every step: L3, L4, L5, L7, L8, L9 and L10, and most of L1, L2 and "
+    "L12.",
+    "Not run for lack of time, although all arms read the image side from the cache: token anchors "
+    "(L11), LiT against projections (L1), projections against nothing (L2), APE against LiT by "
+    "seconds for each point of recall (L12), and wrong captions (L6).",
+    "What is left: the runs of the same law that are still to be made, at this size and at the "
+    "rate of those that were made.",
 )
 FORMER = (
     "The former rule called a difference broken that was smaller than half of the recall, chance "
@@ -229,7 +233,8 @@ def _run_again(runs: Sequence[Sequence[LawResult]]) -> list[str]:
         return []
     total = sum(law.cpu_hours for law in again)
     title = (
-        f"CPU hours on one thread: {total:.2f} in all. Runs that laws share count for each of them."
+        f"CPU hours on one thread: {total:.2f} of the ten that were planned. Runs that laws share "
+        "count for each of them. Features that a store had before are not counted."
     )
     columns = (
         "law",
@@ -240,7 +245,9 @@ def _run_again(runs: Sequence[Sequence[LawResult]]) -> list[str]:
     )
     rows = [(law.id, _short_setting(law.setting), *_spent(law)) for law in again]
     lines = ["", "## Runs with recorded losses", "", title, "", *_table(columns, rows)]
-    return [*lines, "", SMALL, "", NOT_RUN]
+    for text in (SMALL, *NOT_RUN):
+        lines += ["", text]
+    return lines
 
 
 def _spent(law: LawResult) -> tuple[str, str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from apecache.errors import RunError
 from apecache.storage.replace import replace_text
-from benchmarks.laws.jobs import Planned, counted_costs
+from benchmarks.laws.jobs import Planned, training_flops
 from benchmarks.laws.law import COUNTED, Arm, Claim, Law, Metric
 from benchmarks.laws.outcome import Outcome
 from benchmarks.laws.setting import LawsSetting
@@ -75,8 +75,8 @@ class ArmResult:
 @dataclass(frozen=True, kw_only=True)
 class LawResult:
     """`setting`: how large the runs were, on what, without paths. `cpu_hours`: of the runs that
-    were made, each once; `made_flops`, `left_flops`: counted operations of these and of those still
-    to be made. All three are 0 in results of older versions."""
+    were made, each once; `made_flops`, `left_flops`: counted operations of the steps of these and
+    of those still to be made. All three are 0 in results of older versions."""
 
     id: str
     title: str
@@ -122,7 +122,7 @@ def law_result(
     )
     jobs = {job.digest: job for one in planned for job in one.all_jobs if job.fits}
     made = [digest for digest in jobs if digest in outcomes]
-    flops = {digest: counted_costs(job).get("total-flops", 0.0) for digest, job in jobs.items()}
+    flops = {digest: training_flops(job) for digest, job in jobs.items()}
     return LawResult(
         id=law.id,
         title=law.title,

@@ -105,7 +105,7 @@ def test_a_run_of_all_that_was_measured_replaces_it() -> None:
 
 def test_what_runs_took_and_what_the_rest_would_take_is_printed() -> None:
     rendered = render([with_earlier(run_again(1), committed())])
-    assert "CPU hours on one thread: 0.25 in all." in rendered
+    assert "CPU hours on one thread: 0.25 of the ten" in rendered
     (row,) = [line for line in rendered.splitlines() if line.startswith("| L2 | size all-data")]
     assert row.endswith("| 1, 0, 0, 0 | 0.25 | 1.0 |")
     assert "CPU hours on one thread" not in render([committed()])

@@ -303,6 +303,10 @@ def test_jobs_of_other_schedules_share_what_is_counted(
     costs = [jobs.counted_costs(job)["total-flops"] for job in planned if job.recipe.name == "lit"]
     assert made == ["image", "text"]
     assert len(set(costs)) > 1
+    # Without what fills the cache, operations go with the steps.
+    lit = [job for job in planned if job.recipe.name == "lit"]
+    a_step = {round(jobs.training_flops(job) / job.recipe.schedule.steps) for job in lit}
+    assert len(a_step) == 1
 
 
 def test_an_image_encoder_that_stays_frozen_can_be_any(setting: LawsSetting) -> None:
