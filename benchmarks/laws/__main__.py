@@ -8,7 +8,7 @@ from apecache_cli.option_groups import SOURCE, Device, Json, takes_groups
 from apecache_cli.source_options import SplitSourceOptions
 from apecache_cli.terminal import choice, command_line, ending, show_json, show_table
 
-SIZES = ("smoke", "small", "full")
+SIZES = ("smoke", "small", "all-data", "full")
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -44,7 +44,7 @@ def laws(
     budget: Annotated[
         float | None, typer.Option(min=0, help="Minutes; the same command goes on later.")
     ] = None,
-    size: Annotated[str, typer.Option(help="smoke, small or full.")] = "small",
+    size: Annotated[str, typer.Option(help="smoke, small, all-data or full.")] = "small",
     images: Annotated[
         int | None, typer.Option(min=20, help="Training images where towers train.")
     ] = None,

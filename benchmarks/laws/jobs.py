@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from apecache.encoders.load import count_classes, shape_tower
 from apecache.encoders.spec import EncoderSpec
+from apecache.encoders.tower import Tower
 from apecache.errors import EncoderError, RecipeError
 from apecache.fingerprint import Fingerprint, Json, Modality
 from apecache.plan.counting import PlanSpec
 from apecache.plan.counting_shared import TeacherSizes, count_teacher
 from apecache.plan.devices import Device
-from apecache.plan.plan import ModelCosts, cost_of, count_model
+from apecache.plan.plan import Cost, ModelCosts, cost_of, count_model
 from apecache.recipes.recipe import Recipe, load_recipe, parse_recipe
 from apecache.recipes.schedule import OptimizerSpec, ScheduleSpec
 from benchmarks.laws.law import COUNTED, Arm, Claim, Law
@@ -128,9 +129,19 @@ def count(job: Job) -> ModelCosts:
 @cache
 def _count(job: Job) -> ModelCosts:
     spec = _plan_spec(job)
-    shapes = [partial(shape_tower, job.encoder(side)) for side in ("image", "text")]
     teacher = partial(_taught, job, spec) if job.recipe.distillation else None
-    return count_model(job.recipe, image=shapes[0], text=shapes[1], spec=spec, teacher=teacher)
+    return count_model(
+        job.recipe,
+        image=partial(_shape, job, "image"),
+        text=partial(_shape, job, "text"),
+        spec=spec,
+        teacher=teacher,
+    )
+
+
+def _shape(job: Job, side: Modality) -> Tower:
+    """Of a frozen side any encoder can be counted, as `apecache plan` counts it."""
+    return shape_tower(job.encoder(side), is_frozen=job.recipe.towers.is_frozen(side))
 
 
 def _plan_spec(job: Job) -> PlanSpec:
@@ -152,13 +163,32 @@ def counted_costs(job: Job) -> dict[str, float]:
         found = count(job)
     except (EncoderError, RecipeError):
         return {}
-    cost = cost_of(job.recipe, model=found, spec=_plan_spec(job), device=COUNTED_ON, cached=True)
+    cost = _cost(job, found)
     return {
         "trained": found.n_trained,
         "step-flops": cost.step_flops,
         "total-flops": cost.total_flops,
         "peak-bytes": cost.peak_bytes,
     }
+
+
+def training_flops(job: Job) -> float:
+    """Of all its steps, without what fills the cache; 0 for encoders that cannot be counted."""
+    try:
+        cost = _cost(job, count(job))
+    except (EncoderError, RecipeError):
+        return 0.0
+    return float(cost.total_flops - cost.once_flops)
+
+
+def _cost(job: Job, counted: ModelCosts) -> Cost:
+    return cost_of(
+        job.recipe,
+        model=counted,
+        spec=_plan_spec(job),
+        device=COUNTED_ON,
+        cached=True,
+    )
 
 
 # --- from arms to jobs ----------------------------------------------------------------------------
@@ -179,6 +209,11 @@ class Planned:
     @property
     def wants(self) -> str:
         return self.claim.metric
+
+    @property
+    def all_jobs(self) -> tuple[Job, ...]:
+        heads = () if self.heads is None else (self.heads,)
+        return (*(job for jobs in self.jobs.values() for job in jobs), *heads)
 
     @property
     def gap(self) -> float:
@@ -224,7 +259,7 @@ def _planned(law: Law, claim: Claim, setting: LawsSetting, towers: bool) -> Plan
 
 def _heads_alone(job: Job, claim: Claim) -> Job | None:
     """A closed form on the encoders and images of an arm; None for what is only counted."""
-    if claim.metric in COUNTED or claim.saves:
+    if claim.metric in COUNTED:
         return None
     recipe = load_recipe(HEADS_ALONE)
     return replace(job, recipe=recipe, teacher=None, start="pretrained", seed=0, autocast="float32")

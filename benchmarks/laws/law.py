@@ -30,6 +30,7 @@ Counted = Literal["trained", "step-flops", "total-flops", "peak-bytes"]
 PerPoint = Literal["flops-per-point", "seconds-per-point", "bytes-per-point"]
 """The same of a cost for each point of `recall`."""
 Metric = Retrieval | Learnt | Counted | PerPoint
+RETRIEVAL: tuple[str, ...] = get_args(Retrieval)
 COUNTED: tuple[str, ...] = get_args(Counted)
 PER_POINT: tuple[str, ...] = get_args(PerPoint)
 SHIFTS = ("image-shift-rises", "text-shift-falls")

@@ -54,8 +54,8 @@ memory ends."""
 
 @dataclass(kw_only=True)
 class Bench:
-    """What jobs share: a store for each part of the pairs, with the features of all jobs that read
-    it."""
+    """What jobs share: one store with a view for each part of the pairs, so that an image and a
+    caption are encoded once for all parts. `stores`: by part."""
 
     setting: LawsSetting
     jobs: tuple[Job, ...]
@@ -84,7 +84,7 @@ class Bench:
                 for one in self.jobs
                 if one.fits and (one.images, one.noise) == (job.images, job.noise)
             ]
-            self.stores[name] = self._extracted(part, f"stores/{name}", sharing)
+            self.stores[name] = self._extracted(part, "stores/pairs", sharing)
         return self.stores[name]
 
     def languages(self, job: Job) -> FeatureStore:
@@ -94,7 +94,7 @@ class Bench:
         name = f"languages-{part.digest[:16]}"
         if name not in self.stores:
             sharing = [one for one in self.jobs if one.fits and one.text == job.text]
-            self.stores[name] = self._extracted(part, f"stores/{name}", sharing)
+            self.stores[name] = self._extracted(part, "stores/languages", sharing)
         return self.stores[name]
 
     def _extracted(self, part: PairSource, name: str, jobs: Iterable[Job]) -> FeatureStore:
@@ -148,6 +148,7 @@ def measure(job: Job, bench: Bench, wants: Iterable[str]) -> Outcome:
     the next time."""
     outcome = Outcome(digest=job.digest, about=job.about, heads_alone=job.recipe.trains_heads_alone)
     begin = time.perf_counter()
+    cpu_begin = time.process_time()
     costs = counted_costs(job)
     if not job.fits:
         return replace(outcome, costs=costs)
@@ -158,7 +159,11 @@ def measure(job: Job, bench: Bench, wants: Iterable[str]) -> Outcome:
             outcome,
             error=f"{type(error).__name__}: {_without_path(error, bench.setting.work)}",
         )
-    return replace(found, seconds=round(time.perf_counter() - begin, 2))
+    return replace(
+        found,
+        seconds=round(time.perf_counter() - begin, 2),
+        cpu_seconds=round(time.process_time() - cpu_begin, 2),
+    )
 
 
 def _without_path(error: BaseException, work: Path) -> str:

@@ -49,7 +49,8 @@ class Outcome:
     """`error`: why the run failed; then nothing else is known. `languages`: ranks among each one's
     captions. `shifts`: correlations of LAW metrics. `costs`: counted metrics, and `seconds` and
     `peak` (bytes) as measured. `chance`: of the metrics that were measured, in per cent. `seconds`:
-    of all, extraction for the first job included. `loss`: mean of the last epoch, among
+    of all, extraction for the first job included; `cpu_seconds`: the same of this process's CPU
+    time, on all its threads. `loss`: mean of the last epoch, among
     `candidates`; `samples`: pairs that the training went through, of which the law itself gives
     the arm `law_share`; `augmentation`: of the recipe."""
 
@@ -63,6 +64,7 @@ class Outcome:
     costs: dict[str, float] = field(default_factory=dict)
     chance: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     heads_alone: bool = False
     loss: float | None = None
     candidates: int = 0

@@ -4,7 +4,8 @@
 
 Results that were made before losses were recorded hold no evidence that their arms had learnt, so
 that none of their recalls is testable. Their differences and intervals stay. The verdict of the rule
-that they were made under is kept beside the new one, under `former`.
+that they were made under is kept beside the new one, under `former`. Runs with recorded losses
+were judged by all of the rule when they were made, and stay as they are.
 """
 
 import json
@@ -37,13 +38,30 @@ def main() -> None:
 
 def rejudged(value: dict[str, Any]) -> dict[str, Any]:
     """The same result with present verdicts, and the former ones under `former`."""
-    law = value["law"]
+    changed = {**value, "law": _rejudged_law(value["law"])}
+    if "earlier" in value:
+        earlier = []
+        for run in value["earlier"]:
+            earlier.append({**run, "law": _rejudged_law(run["law"])})
+        changed["earlier"] = earlier
+    if not value.get("former") and not _recorded_losses(value["law"]):
+        changed["former"] = [
+            {"name": one["name"], "metric": one["metric"], "verdict": one["judgement"]["verdict"]}
+            for one in value["law"]["compared"]
+        ]
+    return changed
+
+
+def _recorded_losses(law: dict[str, Any]) -> bool:
+    """CPU time is recorded since losses are."""
+    return bool(law.get("cpu_hours"))
+
+
+def _rejudged_law(law: dict[str, Any]) -> dict[str, Any]:
+    if _recorded_losses(law):
+        return law
     claims = {(claim.name, claim.metric): claim for claim in load_law(law["id"]).claims()}
     recipes = {arm["name"]: arm["about"].split(",")[0] for arm in law["arms"]}
-    former = value.get("former") or [
-        {"name": one["name"], "metric": one["metric"], "verdict": one["judgement"]["verdict"]}
-        for one in law["compared"]
-    ]
     compared = []
     for one in law["compared"]:
         claim = claims.get((one["name"], one["metric"]))
@@ -51,7 +69,7 @@ def rejudged(value: dict[str, Any]) -> dict[str, Any]:
         if claim is not None and judgement["difference"] is not None:
             judgement = {**judgement, **_judged(claim, judgement, recipes)}
         compared.append({**one, "judgement": judgement})
-    return {**value, "former": former, "law": {**law, "compared": compared}}
+    return {**law, "compared": compared}
 
 
 def _judged(claim: Claim, judgement: dict[str, Any], recipes: dict[str, str]) -> dict[str, str]:

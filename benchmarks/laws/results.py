@@ -10,7 +10,7 @@ from typing import Any
 
 from apecache.errors import RunError
 from apecache.storage.replace import replace_text
-from benchmarks.laws.jobs import Planned
+from benchmarks.laws.jobs import Planned, training_flops
 from benchmarks.laws.law import COUNTED, Arm, Claim, Law, Metric
 from benchmarks.laws.outcome import Outcome
 from benchmarks.laws.setting import LawsSetting
@@ -74,7 +74,9 @@ class ArmResult:
 
 @dataclass(frozen=True, kw_only=True)
 class LawResult:
-    """`setting`: how large the runs were, on what, without paths."""
+    """`setting`: how large the runs were, on what, without paths. `cpu_hours`: of the runs that
+    were made, each once; `made_flops`, `left_flops`: counted operations of the steps of these and
+    of those still to be made. All three are 0 in results of older versions."""
 
     id: str
     title: str
@@ -85,6 +87,9 @@ class LawResult:
     setting: dict[str, Any]
     compared: tuple[Compared, ...]
     arms: tuple[ArmResult, ...]
+    cpu_hours: float = 0.0
+    made_flops: float = 0.0
+    left_flops: float = 0.0
 
     @property
     def verdict(self) -> str:
@@ -115,18 +120,22 @@ def law_result(
         _arm(name, law=law, planned=planned, outcomes=outcomes, price=setting.price)
         for name in law.arms
     )
-    about = (law.id, law.title, law.source, law.claim, law.figure, law.missing)
-    id, title, source, claim, figure, missing = about
+    jobs = {job.digest: job for one in planned for job in one.all_jobs if job.fits}
+    made = [digest for digest in jobs if digest in outcomes]
+    flops = {digest: training_flops(job) for digest, job in jobs.items()}
     return LawResult(
-        id=id,
-        title=title,
-        source=source,
-        claim=claim,
-        figure=figure,
-        missing=missing,
+        id=law.id,
+        title=law.title,
+        source=law.source,
+        claim=law.claim,
+        figure=law.figure,
+        missing=law.missing,
         setting=described(setting),
         compared=compared,
         arms=arms,
+        cpu_hours=sum(outcomes[digest].cpu_seconds for digest in made) / 3600,
+        made_flops=sum(flops[digest] for digest in made),
+        left_flops=sum(flop for digest, flop in flops.items() if digest not in made),
     )
 
 
@@ -306,7 +315,7 @@ def load_result(path: Path) -> LawResult:
 
 def result_of(value: Mapping[str, Any]) -> LawResult:
     """What `asdict` made of it, after JSON. Raises KeyError, TypeError or ValueError."""
-    known = {name: value[name] for name in LawResult.__dataclass_fields__}
+    known = {name: value[name] for name in LawResult.__dataclass_fields__ if name in value}
     known["compared"] = tuple(_read_compared(one) for one in value["compared"])
     known["arms"] = tuple(
         ArmResult(**{**one, "failed": tuple(one["failed"])}) for one in value["arms"]

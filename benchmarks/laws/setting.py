@@ -19,6 +19,9 @@ class Size:
     `autocast`: how towers that train compute. `head_images`, `head_steps`: in laws of heads alone.
     `test_images`: reported on.
 
+    `all-data` has all images and the same number of samples for every arm, so that its comparisons
+    can be testable; `full` leaves steps to the recipes, of which each has its own number.
+
     Where the batch is smaller than the recipe's, its learning rate falls with its square root (for
     Adam the usual rule). Nothing else of a recipe changes.
     """
@@ -52,6 +55,12 @@ SIZES = {
         head_images=None,
         head_steps=None,
         test_images=1000,
+    ),
+    "all-data": Size(
+        name="all-data",
+        steps=600,
+        batch=64,
+        head_steps=250,
     ),
     "full": Size(name="full"),
 }

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from benchmarks.laws.law import COUNTED, SHIFTS, Claim
+from benchmarks.laws.law import COUNTED, PER_POINT, RETRIEVAL, SHIFTS, Claim, Metric
 from benchmarks.laws.outcome import Outcome
 
 LEFT = 0.8
@@ -22,8 +22,11 @@ def why_not_testable(
     outcomes: Mapping[str, Sequence[Outcome]],
     heads_alone: Outcome | None,
 ) -> str:
-    """Say why the comparison cannot be decided, in one line; empty if it can."""
-    if claim.saves or claim.metric in (*COUNTED, *SHIFTS):
+    """Say why the comparison cannot be decided, in one line; empty if it can.
+
+    A cost for each point of recall is one of what was learnt, so its arms must have learnt too.
+    """
+    if claim.metric in (*COUNTED, *SHIFTS):
         return ""
     reasons = [_unequal(outcomes), _unlearnt(outcomes), _too_low(claim, outcomes, heads_alone)]
     return "; ".join(reason for reason in reasons if reason)
@@ -62,13 +65,14 @@ def _too_low(
     outcomes: Mapping[str, Sequence[Outcome]],
     heads_alone: Outcome | None,
 ) -> str:
-    if claim.metric not in ("tr", "ir", "recall", "r1"):
+    metric: Metric = "recall" if claim.metric in PER_POINT else claim.metric
+    if metric not in RETRIEVAL:
         return ""
-    if heads_alone is None or (reached := heads_alone.value(claim.metric)) is None:
+    if heads_alone is None or (reached := heads_alone.value(metric)) is None:
         return "what heads alone reach was not measured"
-    values = [[one.value(claim.metric) for one in found] for found in outcomes.values()]
+    values = [[one.value(metric) for one in found] for found in outcomes.values()]
     best = max(fmean(value for value in row if value is not None) for row in values)
-    chance = heads_alone.chance.get(claim.metric, 0.0)
+    chance = heads_alone.chance.get(metric, 0.0)
     if best - chance < OF_HEADS * (reached - chance):
         return (
             f"the best arm reaches {best:.1f}, heads alone ({HEADS_ALONE}) {reached:.1f}, "

@@ -15,6 +15,7 @@ from apecache.errors import OptionError
 from apecache.store.reader import FeatureStore
 from apecache.train.fit_encoder import fit_encoder
 from benchmarks.laws import jobs
+from benchmarks.laws import measure as measuring
 from benchmarks.laws import run as running
 from benchmarks.laws.__main__ import app as laws_app
 from benchmarks.laws.jobs import jobs_in_turn
@@ -80,6 +81,9 @@ def test_the_command_trains_judges_writes_a_page_and_has_nothing_left(
     report = json.loads(result.stdout)
     assert (report["n_left"], report["n_failed"]) == (0, 0)
     assert set(report["verdicts"]) == {"L4", "L8"}
+    for law in report["laws"]:
+        assert law["cpu_hours"] > 0
+        assert law["made_flops"] > law["left_flops"] == 0
     compared = {one["name"]: one for law in report["laws"] for one in law["compared"]}
     measured = compared["cls-alone > cls-frozen"]
     assert measured["published"] == pytest.approx(18.1)
@@ -289,12 +293,74 @@ def test_jobs_of_other_schedules_share_what_is_counted(
     """Towers are made once; costs are of each job's own steps."""
     made = list[str]()
     shape = jobs.shape_tower
-    monkeypatch.setattr(jobs, "shape_tower", lambda spec: made.append(spec.modality) or shape(spec))
+    monkeypatch.setattr(
+        jobs,
+        "shape_tower",
+        lambda spec, **named: made.append(spec.modality) or shape(spec, **named),
+    )
     jobs._count.cache_clear()
     planned = jobs_in_turn([one for law in plan_laws(setting, ["L6"]) for one in law])
     costs = [jobs.counted_costs(job)["total-flops"] for job in planned if job.recipe.name == "lit"]
     assert made == ["image", "text"]
     assert len(set(costs)) > 1
+    # Without what fills the cache, operations go with the steps.
+    lit = [job for job in planned if job.recipe.name == "lit"]
+    a_step = {round(jobs.training_flops(job) / job.recipe.schedule.steps) for job in lit}
+    assert len(a_step) == 1
+
+
+def test_an_image_encoder_that_stays_frozen_can_be_any(setting: LawsSetting) -> None:
+    """LiT reads the image side from the cache, so that it needs no tower; row m trains it."""
+    convolutional = parse_encoder("timm:resnet18", "image")
+    given = replace(setting, encoders={**setting.encoders, "image": convolutional})
+    (planned,) = plan_laws(given, ["L6"])
+    assert {one.why_not for one in planned} == {""}
+    assert jobs.counted_costs(planned[0].jobs["lit-little"][0])["trained"] > 0
+    (refused,) = [one for one in plan_laws(given, ["L1"])[0] if one.claim.name == "m > c"]
+    assert "cannot be seen as a tower" in refused.why_not
+
+
+@pytest.mark.parametrize("name", ["L6", "L11"])
+def test_with_all_data_every_arm_sees_as_many_samples_as_the_law_gives_it(
+    name: str,
+    setting: LawsSetting,
+) -> None:
+    roles = {**setting.encoders, "other-image": setting.encoders["image"]}
+    (planned,) = plan_laws(replace(setting, size=SIZES["all-data"], encoders=roles), [name])
+    samples = set[int]()
+    for one in planned:
+        for arm, arm_jobs in one.jobs.items():
+            schedule = arm_jobs[0].recipe.schedule
+            if schedule.steps:
+                share = one.law.arms[arm].steps
+                samples.add(round(schedule.steps * schedule.batch_size / share))
+    assert len(samples) == 1
+
+
+def test_parts_of_the_pairs_share_what_is_encoded(
+    setting: LawsSetting,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tenth of the data, all of it, and all of it with wrong captions."""
+    encoded = list[int]()
+    extract = measuring.extract
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        report = extract(*arguments, **named)
+        encoded.extend(array.n_encoded for array in report.arrays if array.modality == "image")
+        return report
+
+    monkeypatch.setattr(measuring, "extract", watched)
+    planned = [one for law in plan_laws(setting, ["L6"]) for one in law]
+    bench = Bench(setting=setting, jobs=tuple(jobs_in_turn(planned)))
+    parts = {job.images: bench.store(job) for job in bench.jobs if not job.noise}
+    noisy = next(bench.store(job) for job in bench.jobs if job.noise)
+    paths = {store.path for store in [*parts.values(), noisy]}
+    assert paths == {setting.work / "stores" / "pairs"}
+    assert len(encoded) == len(parts) + 1
+    assert sum(encoded) == max(len(store.pairs.keys) for store in parts.values())
+    # Each keeps its own view.
+    assert [len(store.pairs.keys) for store in parts.values()] == [n + 20 for n in parts]
 
 
 def test_one_comparison_of_a_law_needs_its_own_runs_alone(setting: LawsSetting) -> None:
@@ -303,6 +369,8 @@ def test_one_comparison_of_a_law_needs_its_own_runs_alone(setting: LawsSetting) 
     assert report.n_left == 4
     (law,) = report.laws
     assert len(law.compared) > 10
+    assert (law.cpu_hours, law.made_flops) == (0, 0)
+    assert law.left_flops > 0
     assert run_laws(setting, ["L1:b > a", "L1:c > b", "L4"], budget_seconds=0.0).n_left == 7
     with pytest.raises(OptionError, match="L1 has no comparison 'a > b'; did you mean"):
         run_laws(setting, ["L1:a > b"])

@@ -208,6 +208,15 @@ def test_counts_are_always_testable() -> None:
     assert not why_not_testable(claim(metric="trained"), arms, None)
 
 
+def test_a_cost_for_each_point_of_recall_is_testable_only_where_the_arms_learnt() -> None:
+    given = claim(metric="seconds-per-point", smallest=10.0)
+    arms = {"a": learnt(0.5, 2.0), "b": learnt(0.5, 2.0)}
+    assert not why_not_testable(given, arms, HEADS)
+    assert "hardly learnt" in why_not_testable(given, {**arms, "b": learnt(0.5, 4.1)}, HEADS)
+    low = {"a": learnt(0.2, 2.0), "b": learnt(0.2, 2.0)}
+    assert "the best arm reaches" in why_not_testable(given, low, outcomes(0.99, 1)[0])
+
+
 def test_the_simulated_rule_is_rarely_wrong_where_the_truth_is_known() -> None:
     """The committed table has all levels; here one, with few trials."""
     row = simulate(10.0, effect=0.5, trials=10)
