@@ -46,7 +46,7 @@ NOT_RUN = (
     "L12.",
     "Not run for lack of time, although all arms read the image side from the cache: token anchors "
     "(L11), LiT against projections (L1), projections against nothing (L2), APE against LiT by "
-    "seconds for each point of recall (L12), wrong captions and much data (L6).",
+    "seconds for each point of recall (L12), wrong captions (L6).",
     "What is left: the runs of the same law that are still to be made, at this size and at the "
     "rate of those that were made.",
 )
