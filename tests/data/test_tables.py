@@ -231,7 +231,8 @@ def test_a_refusal_leaves_no_file_open(write: Write) -> None:
         with pytest.raises(ManifestError) as caught:
             open_pairs(write(name, content), OpenSpec(require=("image", "caption")))
         del caught
-    assert len(os.listdir(folder)) == before
+    # Files of other tests may be closed meanwhile.
+    assert len(os.listdir(folder)) <= before
 
 
 CELLS = [b"image", b"caption", b"split", b"\t", b",", b'"', b"\n", b"\r", b"\0", b"\xff", b"a"]
