@@ -23,6 +23,7 @@ $(VENV)/.docs: pyproject.toml $(VENV)/.demo
 
 demo: $(VENV)/.demo
 	$(BIN)/apecache demo --out demo --overwrite
+	@echo 'apecache is in $(BIN). First: source $(BIN)/activate'
 
 # Two processes, each with the tests of whole files; more with `make test JOBS=4`.
 JOBS ?= 2
