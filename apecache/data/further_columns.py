@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from urllib.parse import quote
 
 from apecache.data.pairs import PairSource
 from apecache.data.spec import OpenSpec
@@ -9,8 +10,8 @@ from apecache.errors import ManifestError, OptionError
 
 RESERVED = ("key", "split", "label", "content", "caption", "language")
 """Names that conditions and groupings give a meaning of their own."""
-LONGEST_NAME = 60
-"""Characters of a name: in a store it is part of a file's name."""
+LONGEST_NAME = 200
+"""Characters of a percent-encoded name: in a store it is part of a folder's name."""
 
 
 def column_names(spec: OpenSpec) -> tuple[str, ...]:
@@ -23,10 +24,15 @@ def column_names(spec: OpenSpec) -> tuple[str, ...]:
     for name in names:
         if name in RESERVED:
             raise OptionError(f"--column {name}: a store has it already; leave it out")
-        if not name.strip() or not name.isprintable() or len(name) > LONGEST_NAME:
+        if not name.strip() or not name.isprintable():
             raise OptionError(
-                f"--column {name[: LONGEST_NAME + 1]!r}: expected a name of 1 to {LONGEST_NAME} "
-                "printable characters; rename the column in the table"
+                f"--column {name!r}: expected a name of printable characters; rename the column in "
+                "the table"
+            )
+        if len(quote(name, safe="")) > LONGEST_NAME:
+            raise OptionError(
+                f"--column {name[:20]}…: its name is too long to be that of a folder; rename the "
+                "column in the table"
             )
     return tuple(dict.fromkeys(names))
 
