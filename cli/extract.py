@@ -60,7 +60,8 @@ class WriteOptions(OptionGroup):
             "--column",
             metavar="NAME",
             help="Keep a further column of the table in the store, e.g. for split --by, delete "
-            "--where and index --column. Default: those of the newest view. Repeatable.",
+            "--where and index --column; those that are named replace those of the newest view. "
+            "Default: those of the newest view. Repeatable.",
             rich_help_panel=STORE_PANEL,
         ),
     ] = None
@@ -337,6 +338,8 @@ def show_plan(
 def show_fields(source: "PairSource") -> None:
     """Show which column of the source has which role, and what was left out of it."""
     typer.echo(printable(str(source.fields)))
+    if source.columns:
+        typer.echo(printable(f"further columns: {', '.join(source.columns)}"))
     if source.skipped:
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in source.skipped.items())
         typer.echo(printable(f"skipped: {skipped}"))

@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from urllib.parse import quote
 
+from apecache.arguments import as_texts
 from apecache.data.pairs import PairSource
 from apecache.data.spec import OpenSpec
 from apecache.errors import ManifestError, OptionError
 
 RESERVED = ("key", "split", "label", "content", "caption", "language")
-"""Names that conditions and groupings give a meaning of their own."""
+"""Names that `--by`, `--where` and the rows of an index give a meaning of their own."""
 LONGEST_NAME = 200
 """Characters of a percent-encoded name: in a store it is part of a folder's name."""
 
@@ -20,14 +21,19 @@ def column_names(spec: OpenSpec) -> tuple[str, ...]:
     Raises:
         OptionError: A name has another meaning already, cannot be printed, or is too long.
     """
-    names = (spec.columns,) if isinstance(spec.columns, str) else spec.columns
+    single = isinstance(spec.columns, str)
+    names = (str(spec.columns),) if single else as_texts(spec.columns, "columns")
     for name in names:
         if name in RESERVED:
-            raise OptionError(f"--column {name}: a store has it already; leave it out")
-        if not name.strip() or not name.isprintable():
             raise OptionError(
-                f"--column {name!r}: expected a name of printable characters; rename the column in "
-                "the table"
+                f"--column {name}: conditions give this name a meaning of its own; rename the "
+                "column in the table"
+            )
+        # `=` ends a name in conditions.
+        if not name.strip() or not name.isprintable() or "=" in name:
+            raise OptionError(
+                f"--column {name!r}: expected a name of printable characters without =; rename the "
+                "column in the table"
             )
         if len(quote(name, safe="")) > LONGEST_NAME:
             raise OptionError(
@@ -57,14 +63,18 @@ def read_column(
     Raises:
         ManifestError: The source cannot be opened, has no such column, or several values for one
             image.
+        OptionError: This kind of source has no columns.
     """
     try:
         source = opened(replace(spec, label_column=name))
-    except ManifestError as error:
+    except (ManifestError, OptionError) as error:
         # The column was read in the place of the labels.
-        message = str(error).replace("--label-column", option)
+        message = str(error).replace("--label-column", f"{option} {name}")
         message = message.replace(" has label ", f" has {name} ")
         message = message.replace("give one label per", f"give one {name} per")
+        message = message.replace(": label is a ", f": {name} is a ")
+        if isinstance(error, OptionError):
+            raise OptionError(message) from None
         raise ManifestError(message) from None
     return {pair.key: pair.label for pair in source}
 
@@ -78,4 +88,7 @@ def with_further_columns(
     columns: dict[str, Mapping[str, str]] = {}
     for name in column_names(spec):
         columns[name] = read_column(spec, name, opened)
-    return replace(source, columns=columns) if columns else source
+    if not columns:
+        return source
+    unused = tuple(name for name in source.fields.unused if name not in columns)
+    return replace(source, columns=columns, fields=replace(source.fields, unused=unused))

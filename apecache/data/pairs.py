@@ -84,7 +84,7 @@ class PairSource:
     options: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Options that open the source again."""
     columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict, compare=False)
-    """Value by name of a further column and by key of the image; empty where there is none."""
+    """Further columns by name: the value of each image by its key; empty where there is none."""
 
     def __len__(self) -> int:
         return len(self.pairs)

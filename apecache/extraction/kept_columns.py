@@ -33,23 +33,34 @@ def with_columns_of(
     names: Iterable[str],
     known: Mapping[str, Mapping[str, str]],
 ) -> PairSource:
-    """Return a source with further columns, read from its table again.
+    """Return a source with further columns, for which its table is read again.
 
     Args:
         source: The source.
         names: Names of the columns.
-        known: Values of columns that the table may lack; what neither has is left out.
+        known: Values of columns that the source lacks. A column that is in neither is left out.
+
+    Raises:
+        ManifestError: The source has a column, and it cannot be read.
     """
+    present = {*source.fields.unused, *source.fields.taken.values()}
     record = {"origin": source.origin, "options": options_to_record(source)}
     columns = dict(source.columns)
     for name in names:
         if name in columns:
             continue
-        try:
-            columns[name] = recorded_column(record, name)
-        except ManifestError:
+        if name not in present:
             if name in known:
                 columns[name] = known[name]
+            continue
+        try:
+            columns[name] = recorded_column(record, name)
+        except ManifestError as error:
+            # Old values would be mixed with a new table.
+            raise ManifestError(
+                f"the newest view keeps column {name!r}, which is read again: {error}; or name "
+                "the columns to keep with --column (in Python, OpenSpec(columns=…))"
+            ) from None
     options = {**source.options, "columns": list(columns)}
     return replace(source, columns=columns, options=options)
 
@@ -72,7 +83,7 @@ def source_columns(source: PairSource) -> dict[str, NDArray[np.object_]]:
 
 
 def has_columns(table: PairTable, columns: Mapping[str, NDArray[np.object_]]) -> bool:
-    """Return whether these are the further columns of a table, in the same order."""
-    return list(table.columns) == list(columns) and all(
+    """Return whether these are the further columns of a table, in any order."""
+    return table.columns.keys() == columns.keys() and all(
         np.array_equal(table.columns[name], values) for name, values in columns.items()
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from apecache.data.pairs import PairSource
 from apecache.data.recorded import options_to_record, recorded_column
-from apecache.errors import DataError, ManifestError
+from apecache.errors import DataError, ManifestError, OptionError
 from apecache.extraction.contents import SEEN, TableContents
 from apecache.extraction.matching import Rows
 from apecache.store.reader import FeatureStore
@@ -69,7 +69,7 @@ def _column_values(source: PairSource, column: str) -> Mapping[str, str]:
     record = {"origin": source.origin, "options": options_to_record(source)}
     try:
         return recorded_column(record, column)
-    except ManifestError as error:
+    except (ManifestError, OptionError) as error:
         raise DataError(
             f"the splits of the store keep equal values of column {column!r} together, and it "
             f"cannot be read ({error}); give the table a column `split`"

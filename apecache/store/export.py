@@ -22,10 +22,11 @@ MAX_TEXT_BYTES = 4 << 30
 def export_npz(store: FeatureStore, out: AnyPath) -> list[str]:
     """Write one file with every array of the store, one array in memory at a time.
 
-    `image_key`, `image_split`, `image_label`, `image_column_NAME` (further columns), `text_caption`
-    and `text_language` are fixed-width strings; `text_image_row` is the image of each caption;
-    `image.NAME` and `text.NAME` are features [rows, dim], not normalized (NaN where `….ok` is
-    False); where rows differ in their number of tokens, `….length` is that number.
+    `image_key`, `image_split`, `image_label`, `image_column_NAME` (further columns, names
+    percent-encoded), `text_caption` and `text_language` are fixed-width strings; `text_image_row`
+    is the image of each caption; `image.NAME` and `text.NAME` are features [rows, dim], not
+    normalized (NaN where `….ok` is False); where rows differ in their number of tokens, `….length`
+    is that number.
 
     Returns:
         Names of the arrays.

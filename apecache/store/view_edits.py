@@ -366,7 +366,7 @@ def edited_view(
 
 def column_digests(columns: Mapping[str, NDArray[np.object_]]) -> list[str]:
     """Return what further columns add to the identity of a view; nothing where it has none."""
-    return [digest_strings([name, *map(str, values)]) for name, values in columns.items()]
+    return [digest_strings([name, *map(str, values)]) for name, values in sorted(columns.items())]
 
 
 def table_digest(table: PairTable) -> str:

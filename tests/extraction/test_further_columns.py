@@ -3,8 +3,10 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import zarr
 from pyarrow import parquet
@@ -214,8 +216,9 @@ def test_plain_files_and_plain_zarr_have_the_columns(
 @pytest.mark.parametrize(
     ("column", "error", "message"),
     [
-        ("split", OptionError, "has it already"),
-        ("label", OptionError, "has it already"),
+        ("split", OptionError, "a meaning of its own"),
+        ("label", OptionError, "a meaning of its own"),
+        ("a=b", OptionError, "without ="),
         ("a\nb", OptionError, "printable"),
         ("", OptionError, "printable"),
         ("x" * 201, OptionError, "too long"),
@@ -263,3 +266,69 @@ def test_any_printable_name_is_kept(
     assert set(view[stored_name(name)][:]) == set(COLORS)
     assert set(columns[name]) == set(COLORS)
     assert not verify_store(tmp_path / "store").problems
+
+
+def test_a_source_without_columns_leaves_those_of_the_view_as_they_are(
+    products: Path,
+    tiny_image_encoder: Path,
+    tmp_path: Path,
+) -> None:
+    store = tmp_path / "store"
+    extract_colored(colored(products, color_of), store, tiny_image_encoder, "color")
+    extract_colored(tmp_path / "images", store, tiny_image_encoder)
+    pairs = FeatureStore.open(store).pairs
+    assert list(pairs.columns) == ["color"]
+    # The names of the images are others in the folder.
+    assert set(pairs.columns["color"]) == {""}
+    with pytest.raises(OptionError, match="--column color says nothing about this kind of source"):
+        open_pairs(tmp_path / "images", OpenSpec(columns=("color",)))
+
+
+def test_a_kept_column_that_cannot_be_read_is_no_reason_to_keep_old_values(
+    products: Path,
+    tiny_image_encoder: Path,
+    tmp_path: Path,
+) -> None:
+    store = tmp_path / "store"
+    table = colored(products, color_of)
+    extract_colored(table, store, tiny_image_encoder, "color")
+    lines = table.read_text(encoding="utf-8").splitlines()
+    twice = lines[1].replace("\ta ", "\tanother ").rpartition("\t")[0] + "\tgreen-ish"
+    write_rows(table, [*lines, twice])
+    with pytest.raises(ManifestError, match=r"keeps column 'color'.*has color 'green-ish' here"):
+        extract_colored(table, store, tiny_image_encoder)
+    frame = pandas.read_csv(colored(products, lambda line: "new"), sep="\t")
+    spec = ExtractSpec(image=parse_encoder(f"timm:{tiny_image_encoder}", "image"), device="cpu")
+    opened = open_pairs(frame, OpenSpec(root=tmp_path))
+    with pytest.raises(ManifestError, match=r"keeps column 'color'.*OpenSpec\(columns"):
+        extract(opened, store, spec)
+    extract(open_pairs(frame, OpenSpec(root=tmp_path, columns="color")), store, spec)
+    assert set(colors_of(store).values()) == {"new"}
+
+
+def test_the_order_of_columns_is_no_change(
+    products: Path,
+    tiny_image_encoder: Path,
+    tmp_path: Path,
+) -> None:
+    store = tmp_path / "store"
+    table = colored(products, color_of)
+    lines = table.read_text(encoding="utf-8").splitlines()
+    write_rows(table, [f"{line}\t{'size' if line == lines[0] else 'big'}" for line in lines])
+    extract_colored(table, store, tiny_image_encoder, "color", "size")
+    before = tree(store)
+    extract_colored(table, store, tiny_image_encoder, "size", "color")
+    assert tree(store) == before
+
+
+@pytest.mark.parametrize("columns", [5, [5], ("color", None)])
+def test_columns_that_are_no_texts_are_named(products: Path, columns: Any) -> None:
+    with pytest.raises(OptionError, match="columns"):
+        open_pairs(colored(products, color_of), OpenSpec(columns=columns))
+
+
+def test_a_column_of_truth_values_is_named(tmp_path: Path) -> None:
+    table = tmp_path / "table.jsonl"
+    table.write_text('{"image": "a.png", "caption": "a", "new": true}\n', encoding="utf-8")
+    with pytest.raises(ManifestError, match="new is a bool"):
+        open_pairs(table, OpenSpec(columns="new"))
