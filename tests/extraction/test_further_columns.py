@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
 import pytest
 import zarr
 from pyarrow import parquet
@@ -297,6 +296,7 @@ def test_a_kept_column_that_cannot_be_read_is_no_reason_to_keep_old_values(
     write_rows(table, [*lines, twice])
     with pytest.raises(ManifestError, match=r"keeps column 'color'.*has color 'green-ish' here"):
         extract_colored(table, store, tiny_image_encoder)
+    pandas = pytest.importorskip("pandas")
     frame = pandas.read_csv(colored(products, lambda line: "new"), sep="\t")
     spec = ExtractSpec(image=parse_encoder(f"timm:{tiny_image_encoder}", "image"), device="cpu")
     opened = open_pairs(frame, OpenSpec(root=tmp_path))
