@@ -320,19 +320,24 @@ def show_plan(
     plan = plan_extraction(source, store=store, spec=spec, price_per_hour=price_per_hour)
     if json:
         sums = {"n_bytes": plan.n_bytes, "seconds": plan.seconds, "fits": plan.fits}
-        columns_of_roles = {**source.fields.taken, "unused": list(source.fields.unused)}
         show_json(
             {
                 **vars(plan),
                 "arrays": [vars(array) for array in plan.arrays],
                 **sums,
-                "columns": columns_of_roles,
+                "columns": described_columns(source),
                 "skipped": dict(source.skipped),
             }
         )
         return
     show_fields(source)
     show_plan_table(plan)
+
+
+def described_columns(source: "PairSource") -> dict[str, object]:
+    """Return the JSON form of the columns of a source: of each role, further ones, and the rest."""
+    others = {"further": list(source.columns), "unused": list(source.fields.unused)}
+    return {**source.fields.taken, **others}
 
 
 def show_fields(source: "PairSource") -> None:
@@ -382,14 +387,13 @@ def show_extracted(report: "ExtractReport", source: "PairSource", json: bool) ->
         warn(f"{counted(report.duplicates, 'image')} identical to an earlier image")
     if json:
         arrays = [vars(array) for array in report.arrays]
-        columns_of_roles = {**source.fields.taken, "unused": list(source.fields.unused)}
         show_json(
             {
                 **vars(report),
                 "arrays": arrays,
                 "measured": [measured.to_json() for measured in report.measured],
                 "nothing_to_do": report.nothing_to_do,
-                "columns": columns_of_roles,
+                "columns": described_columns(source),
                 "skipped": dict(source.skipped),
             }
         )

@@ -17,7 +17,7 @@ from .option_groups import (
     takes_groups,
 )
 from .source_options import SplitSourceOptions
-from .terminal import complain, ending, progress, show_json, show_table
+from .terminal import complain, ending, printable, progress, show_json, show_table
 
 if TYPE_CHECKING:
     from apecache.data.pairs import PairSource
@@ -91,7 +91,7 @@ def info(
             view_name = opened.view.record.view
             typer.echo(f"view {view_name} of {n_views}; all: apecache views list {store}")
         if pairs.columns:
-            typer.echo(f"further columns: {', '.join(pairs.columns)}")
+            typer.echo(printable(f"further columns: {', '.join(pairs.columns)}"))
         columns = (
             "modality",
             "features",

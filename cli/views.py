@@ -221,9 +221,13 @@ def add(
     Example: apecache add store images/new.jpg --caption "a dog in the snow"
     """
     with ending():
+        from apecache.errors import OptionError
         from apecache.extraction.additions import add_images
         from apecache.store.reader import FeatureStore
 
+        values = assignments(column, "--column")
+        if len(dict(values)) < len(values):
+            raise OptionError("--column: one name has two values; give each name once")
         with progress() as update:
             reports = add_images(
                 store,
@@ -231,7 +235,7 @@ def add(
                 captions=caption or (),
                 split=split,
                 label=label,
-                columns=dict(assignments(column, "--column")),
+                columns=dict(values),
                 root=root,
                 device=device,
                 progress=update,

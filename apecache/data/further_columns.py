@@ -21,8 +21,8 @@ def column_names(spec: OpenSpec) -> tuple[str, ...]:
     Raises:
         OptionError: A name has another meaning already, cannot be printed, or is too long.
     """
-    single = isinstance(spec.columns, str)
-    names = (str(spec.columns),) if single else as_texts(spec.columns, "columns")
+    given = spec.columns
+    names = (given,) if isinstance(given, str) else as_texts(given, "columns")
     for name in names:
         if name in RESERVED:
             raise OptionError(

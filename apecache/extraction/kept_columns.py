@@ -67,11 +67,7 @@ def with_columns_of(
 
 def further_columns(table: PairTable) -> dict[str, dict[str, str]]:
     """Return the further columns of a table: value by name of the column and key of the image."""
-    keys = table.keys.tolist()
-    return {
-        name: dict(zip(keys, values.tolist(), strict=True))
-        for name, values in table.columns.items()
-    }
+    return {name: table.value_of_key(name) for name in table.columns}
 
 
 def source_columns(source: PairSource) -> dict[str, NDArray[np.object_]]:

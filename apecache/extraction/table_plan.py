@@ -209,16 +209,15 @@ def new_store_plan(source: PairSource, files: Files, spec: ExtractSpec) -> Table
     captions: dict[str, int] = {}
     texts = [NEW - captions.setdefault(text, len(captions)) for text in source.captions]
     rows = Rows(images=np.array(images, np.int64), texts=np.array(texts, np.int64), problems={})
-    view: View | None = None
-    if len(first_rows) == len(source) and len(captions) == len(texts):
-        block = Segment(store=files, folder="", part=source)
-        # The block's own table is the user's, but for further columns.
-        if source.columns:
-            view = _view(source, files=files, used=(), rows=rows, new_block=block)
-    else:
+    all_differ = len(first_rows) == len(source) and len(captions) == len(texts)
+    block = Segment(store=files, folder="", part=source)
+    if not all_differ:
         new_block = _new_block(source, files, rows, contents)
         assert new_block is not None
         block = new_block
+    view: View | None = None
+    # A block of the whole table needs no view, but has no further columns.
+    if source.columns or not all_differ:
         view = _view(source, files=files, used=(), rows=rows, new_block=block)
     return TablePlan(
         files=files,

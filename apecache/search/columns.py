@@ -4,14 +4,12 @@ import re
 from collections.abc import Mapping, Sequence
 
 from apecache.arguments import AnyPath
+from apecache.data.further_columns import RESERVED
 from apecache.errors import OptionError
-from apecache.search.where import FIELDS
 from apecache.store.reader import FeatureStore
 from apecache.store.view_edits import column_values
 
 NAME = re.compile(r"\w+")
-RESERVED = (*FIELDS, "content")
-"""Fields that every row has."""
 ColumnValues = Mapping[str, Mapping[str, str]]
 """Value of each image by column and key."""
 

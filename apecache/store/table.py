@@ -71,6 +71,10 @@ class PairTable:
         """Return int64 [n_texts]: equal numbers for captions that are equal word for word."""
         return equal_captions(self.captions)
 
+    def value_of_key(self, column: str) -> dict[str, str]:
+        """Return the value of each image in a further column, by key; empty where it has none."""
+        return dict(zip(self.keys.tolist(), self.columns[column].tolist(), strict=True))
+
     def split_counts(self) -> dict[str, int]:
         """Return the images per split, in the order of first appearance.
 

@@ -180,8 +180,7 @@ def column_values(
             image.
     """
     if source is None and column in store.pairs.columns:
-        values = store.pairs.columns[column].tolist()
-        return dict(zip(store.pairs.keys.tolist(), values, strict=True))
+        return store.pairs.value_of_key(column)
     return recorded_column(store.source, column, source, option)
 
 

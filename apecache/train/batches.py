@@ -335,8 +335,9 @@ def groups_of(
     """
     n_captions = caption_rows.shape[1]
     all_differ = pairs.content is None and pairs.caption_ids is None
-    # Looked at once: in an epoch of pairs an image can stand in a batch several times.
-    if n_captions == 1 and all_differ and not _repeats(order):
+    # Counted once an epoch: in one of pairs an image can stand in a batch several times.
+    repeats = bool((torch.bincount(order) > 1).any())
+    if n_captions == 1 and all_differ and not repeats:
         yield from repeat(None, -(-len(order) // size))
         return
     # One copy for several batches, and from pinned memory: a device is never waited for.
@@ -359,11 +360,6 @@ def groups_of(
             # Each image of a group with all captions of the group.
             n_pairs = n_captions * int(np.square(group_sizes).sum())
             yield Groups(image=image, text=text, n_pairs=n_pairs)
-
-
-def _repeats(order: Tensor) -> bool:
-    """Return whether an image stands in an epoch several times."""
-    return bool((torch.bincount(order) > 1).any())
 
 
 def _group_numbers(pairs: FeaturePairs, rows: Tensor, caption_rows: Tensor) -> Tensor | None:

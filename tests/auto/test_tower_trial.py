@@ -299,7 +299,7 @@ def test_a_forecast_has_the_paired_gain_of_a_trained_tower(
     assert gain.paired_high is not None
     assert gain.paired_low < gain.recall - gain.baseline < gain.paired_high
     assert "80 steps of 1 in an epoch" in gain.note
-    assert "lower bound" in gain.note
+    assert "a short trial" in gain.note
     assert len(lines) == 1
     assert not report.no_tower
 

@@ -80,7 +80,7 @@ def test_forecast_measures_a_trained_tower_and_says_what_it_costs(
     assert gain["note"] in page
     shown = run(*command, *options, "1m")
     assert "text tower trained, last 2 blocks" in shown
-    assert "lower bound" in shown
+    assert "a short trial" in shown
     wrong = runner.invoke(app, [str(word) for word in (*command, *options, "soon")])
     assert wrong.exit_code == 2
     assert "--tower soon" in wrong.stderr

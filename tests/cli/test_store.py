@@ -538,12 +538,16 @@ def test_a_further_column_is_kept_added_to_and_deleted_by(
     table.write_text("\n".join([f"{header}\tprice", *priced]) + "\n", encoding="utf-8")
     store = tmp_path / "store"
     image = ("--image", f"timm:{tiny_image_encoder}")
-    call_json("extract", table, "--store", store, *image, "--column", "price")
+    told = call_json("extract", table, "--store", store, *image, "--column", "price")
+    assert told["columns"]["further"] == ["price"]
+    assert "price" not in told["columns"]["unused"]
     assert call_json("info", store)["columns"] == ["price"]
     assert "further columns: price" in call("info", store).output
     assert call_json("views", "list", store)["views"][-1]["columns"] == ["price"]
     new = shapes.parent / "images" / "priced.png"
     draw_shape("red", "circle", 60).save(new)
+    twice = ("--column", "price=20", "--column", "price=30")
+    assert "one name has two values" in error_of(call("add", store, new, *twice), 2)
     call_json("add", store, new, "--column", "price=20", "--root", shapes.parent)
     pairs = FeatureStore.open(store).pairs
     assert pairs.columns["price"].tolist()[-1] == "20"

@@ -46,14 +46,13 @@ def write_rows(table: Path, rows: list[str]) -> Path:
     return table
 
 
-def colored(products: Path, value: Callable[[str], str], drop: int = 0) -> Path:
-    """The table of products with a column `color`, without its last rows."""
+def colored(products: Path, value: Callable[[str], str]) -> Path:
+    """Write the table of products anew, with a column `color`."""
     header, *lines = products.read_text(encoding="utf-8").splitlines()
-    lines = [line.rpartition("\t")[0] if "color" in header else line for line in lines]
-    header = "image\tcaption\tsplit"
-    kept = lines[: len(lines) - drop]
-    rows = [f"{line}\t{value(line)}" for line in kept]
-    return write_rows(products, [f"{header}\tcolor", *rows])
+    if "color" in header:
+        lines = [line.rpartition("\t")[0] for line in lines]
+    rows = [f"{line}\t{value(line)}" for line in lines]
+    return write_rows(products, ["image\tcaption\tsplit\tcolor", *rows])
 
 
 def color_of(line: str) -> str:
@@ -70,6 +69,14 @@ def extract_colored(table: Path, store: Path, encoder: Path, *columns: str) -> E
     return extract(open_pairs(table, OpenSpec(columns=columns)), store, spec)
 
 
+@pytest.fixture
+def colored_store(products: Path, tiny_image_encoder: Path, tmp_path: Path) -> Path:
+    """A store of the table with colors, whose view holds them."""
+    table = colored(products, color_of)
+    extract_colored(table, tmp_path / "store", tiny_image_encoder, "color")
+    return tmp_path / "store"
+
+
 def colors_of(store: Path, view: str | None = None) -> dict[str, str]:
     pairs = FeatureStore.open(store, view).pairs
     values = pairs.columns["color"].tolist()
@@ -77,14 +84,11 @@ def colors_of(store: Path, view: str | None = None) -> dict[str, str]:
 
 
 def test_a_view_keeps_columns_of_its_table_when_the_table_is_gone(
+    colored_store: Path,
     products: Path,
-    tiny_image_encoder: Path,
-    tmp_path: Path,
 ) -> None:
-    table = colored(products, color_of)
-    store = tmp_path / "store"
-    extract_colored(table, store, tiny_image_encoder, "color")
-    table.unlink()
+    store = colored_store
+    products.unlink()
     expected = {key: color_of(key) for key in FeatureStore.open(store).pairs.keys}
     assert colors_of(store) == expected
     record = split_store(store, {"train": 0.5, "val": 0.5}, by="color")
@@ -101,13 +105,12 @@ def test_a_view_keeps_columns_of_its_table_when_the_table_is_gone(
 
 
 def test_a_table_without_new_values_changes_nothing_and_a_new_value_is_a_new_view(
+    colored_store: Path,
     products: Path,
     tiny_image_encoder: Path,
-    tmp_path: Path,
 ) -> None:
-    store = tmp_path / "store"
-    table = colored(products, color_of)
-    extract_colored(table, store, tiny_image_encoder, "color")
+    store = colored_store
+    table = products
     before = tree(store)
     # The columns of the newest view are kept without being named again.
     for columns in (("color",), ()):
@@ -134,14 +137,13 @@ def test_a_table_without_new_values_changes_nothing_and_a_new_value_is_a_new_vie
 
 
 def test_columns_stay_when_the_table_lacks_them_and_when_images_are_added(
+    colored_store: Path,
     products: Path,
     tiny_image_encoder: Path,
     tmp_path: Path,
 ) -> None:
-    store = tmp_path / "store"
-    plain = products.read_text(encoding="utf-8")
-    table = colored(products, color_of)
-    extract_colored(table, store, tiny_image_encoder, "color")
+    store = colored_store
+    lines = products.read_text(encoding="utf-8").splitlines()
     known = colors_of(store)
     draw_shape("red", "circle", 90).save(tmp_path / "images" / "new.png")
     # What the table says meanwhile is not read: an edit of a view changes nothing else.
@@ -156,8 +158,8 @@ def test_columns_stay_when_the_table_lacks_them_and_when_images_are_added(
     with pytest.raises(OptionError, match=r"no column 'colour'; found: color"):
         add_images(store, [unknown], columns={"colour": "red"}, device="cpu")
     # The table is written without the column.
-    table.write_text(plain, encoding="utf-8")
-    extract_colored(table, store, tiny_image_encoder)
+    write_rows(products, [line.rpartition("\t")[0] for line in lines])
+    extract_colored(products, store, tiny_image_encoder)
     assert colors_of(store) == known
 
 
@@ -178,28 +180,23 @@ def test_a_store_gets_columns_without_encoding_anything(
 
 
 def test_lost_columns_are_mended_from_the_table(
+    colored_store: Path,
     products: Path,
-    tiny_image_encoder: Path,
-    tmp_path: Path,
 ) -> None:
-    store = tmp_path / "store"
-    table = colored(products, color_of)
-    extract_colored(table, store, tiny_image_encoder, "color")
+    store = colored_store
     before = tree(store)
     last = view_ids(LocalFiles(store))[-1]
     shutil.rmtree(store / "views" / last / "image_column_color")
     assert verify_store(store).problems
-    repair(store, open_pairs(table, OpenSpec()))
+    repair(store, open_pairs(products, OpenSpec()))
     assert tree(store) == before
 
 
 def test_plain_files_and_plain_zarr_have_the_columns(
-    products: Path,
-    tiny_image_encoder: Path,
+    colored_store: Path,
     tmp_path: Path,
 ) -> None:
-    store = tmp_path / "store"
-    extract_colored(colored(products, color_of), store, tiny_image_encoder, "color")
+    store = colored_store
     opened = FeatureStore.open(store)
     colors = opened.pairs.columns["color"].tolist()
     export_npz(opened, tmp_path / "plain.npz")
@@ -268,12 +265,11 @@ def test_any_printable_name_is_kept(
 
 
 def test_a_source_without_columns_leaves_those_of_the_view_as_they_are(
-    products: Path,
+    colored_store: Path,
     tiny_image_encoder: Path,
     tmp_path: Path,
 ) -> None:
-    store = tmp_path / "store"
-    extract_colored(colored(products, color_of), store, tiny_image_encoder, "color")
+    store = colored_store
     extract_colored(tmp_path / "images", store, tiny_image_encoder)
     pairs = FeatureStore.open(store).pairs
     assert list(pairs.columns) == ["color"]
@@ -284,13 +280,13 @@ def test_a_source_without_columns_leaves_those_of_the_view_as_they_are(
 
 
 def test_a_kept_column_that_cannot_be_read_is_no_reason_to_keep_old_values(
+    colored_store: Path,
     products: Path,
     tiny_image_encoder: Path,
     tmp_path: Path,
 ) -> None:
-    store = tmp_path / "store"
-    table = colored(products, color_of)
-    extract_colored(table, store, tiny_image_encoder, "color")
+    store = colored_store
+    table = products
     lines = table.read_text(encoding="utf-8").splitlines()
     twice = lines[1].replace("\ta ", "\tanother ").rpartition("\t")[0] + "\tgreen-ish"
     write_rows(table, [*lines, twice])
