@@ -31,7 +31,7 @@ from .terminal import choice, ending, printable, progress, show_json, show_table
 PRECISIONS = ("auto", "float32", "tf32", "float16", "bfloat16")
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from apecache.cluster.pool import RaySpec
     from apecache.data.pairs import PairSource
@@ -325,26 +325,32 @@ def show_plan(
                 **vars(plan),
                 "arrays": [vars(array) for array in plan.arrays],
                 **sums,
-                "columns": described_columns(source),
+                "columns": described_columns(source, tuple(source.columns)),
                 "skipped": dict(source.skipped),
             }
         )
         return
-    show_fields(source)
+    show_fields(source, tuple(source.columns))
     show_plan_table(plan)
 
 
-def described_columns(source: "PairSource") -> dict[str, object]:
+def described_columns(source: "PairSource", further: "Sequence[str]") -> dict[str, object]:
     """Return the JSON form of the columns of a source: of each role, further ones, and the rest."""
-    others = {"further": list(source.columns), "unused": list(source.fields.unused)}
-    return {**source.fields.taken, **others}
+    unused = [name for name in source.fields.unused if name not in further]
+    return {**source.fields.taken, "further": list(further), "unused": unused}
 
 
-def show_fields(source: "PairSource") -> None:
-    """Show which column of the source has which role, and what was left out of it."""
-    typer.echo(printable(str(source.fields)))
-    if source.columns:
-        typer.echo(printable(f"further columns: {', '.join(source.columns)}"))
+def show_fields(source: "PairSource", further: "Sequence[str]") -> None:
+    """Show which column of the source has which role, and what was left out of it.
+
+    Args:
+        source: The source.
+        further: Its columns that the view holds without a role.
+    """
+    unused = tuple(name for name in source.fields.unused if name not in further)
+    typer.echo(printable(str(replace(source.fields, unused=unused))))
+    if further:
+        typer.echo(printable(f"further columns: {', '.join(further)}"))
     if source.skipped:
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in source.skipped.items())
         typer.echo(printable(f"skipped: {skipped}"))
@@ -393,12 +399,12 @@ def show_extracted(report: "ExtractReport", source: "PairSource", json: bool) ->
                 "arrays": arrays,
                 "measured": [measured.to_json() for measured in report.measured],
                 "nothing_to_do": report.nothing_to_do,
-                "columns": described_columns(source),
+                "columns": described_columns(source, report.further_columns),
                 "skipped": dict(source.skipped),
             }
         )
         return
-    show_fields(source)
+    show_fields(source, report.further_columns)
     for measured in report.measured:
         typer.echo(
             f"{measured.model}: {measured.model.dtype}, worst 1 - cosine to float32 "

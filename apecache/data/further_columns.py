@@ -88,7 +88,4 @@ def with_further_columns(
     columns: dict[str, Mapping[str, str]] = {}
     for name in column_names(spec):
         columns[name] = read_column(spec, name, opened)
-    if not columns:
-        return source
-    unused = tuple(name for name in source.fields.unused if name not in columns)
-    return replace(source, columns=columns, fields=replace(source.fields, unused=unused))
+    return replace(source, columns=columns) if columns else source

@@ -80,6 +80,8 @@ class ExtractReport:
     """Nothing is left for other parts to encode."""
     measured: tuple[MeasuredPrecision, ...] = ()
     """Errors of the precisions of new arrays."""
+    further_columns: tuple[str, ...] = ()
+    """Further columns of the table that its view holds, named or kept from the view before."""
 
     @property
     def nothing_to_do(self) -> bool:
@@ -173,6 +175,7 @@ def judge(
         share_done=share_done,
         complete=complete,
         measured=spec.measured,
+        further_columns=tuple(plan.source.columns),
     )
 
 

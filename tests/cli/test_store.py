@@ -541,6 +541,10 @@ def test_a_further_column_is_kept_added_to_and_deleted_by(
     told = call_json("extract", table, "--store", store, *image, "--column", "price")
     assert told["columns"]["further"] == ["price"]
     assert "price" not in told["columns"]["unused"]
+    # The next run keeps the column without being told.
+    told = call_json("extract", table, "--store", store, *image)
+    assert told["columns"]["further"] == ["price"]
+    assert "further columns: price" in call("extract", table, "--store", store, *image).output
     assert call_json("info", store)["columns"] == ["price"]
     assert "further columns: price" in call("info", store).output
     assert call_json("views", "list", store)["views"][-1]["columns"] == ["price"]
