@@ -10,31 +10,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from apecache.arguments import AnyPath, as_path, require_spec, require_type
-from apecache.device import resolve_device
 from apecache.errors import RecipeError
-from apecache.fingerprint import Fingerprint, Json
-from apecache.heads.head import Head
+from apecache.fingerprint import Json
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.recipes.recipe import Recipe, as_recipe
 from apecache.runs.checkpoint import CHECKPOINT, find_checkpoint
 from apecache.runs.folder import locked, require_usable
-from apecache.runs.heads import TrainedHeads, TrainedSide, save_heads
+from apecache.runs.heads import TrainedHeads, save_heads
 from apecache.runs.ledger import Ledger, ResourceMeter, read_extraction, save_ledger
 from apecache.runs.model_card import save_card
 from apecache.storage.replace import remove_tensors
-from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import FeaturePairs, n_items
 from apecache.train.fit import HeadFit, StepCount, seeded
-from apecache.train.head_data import FitSpec, load_splits
+from apecache.train.head_data import FitSpec
+from apecache.train.head_inputs import HeadInputs, open_inputs
 from apecache.train.initial import initial_model
-from apecache.train.keep_list import digest_keep_list
 from apecache.train.lint.checks import lint_fit
-from apecache.train.lint.findings import require_sound
+from apecache.train.lint.findings import Finding, require_sound
 from apecache.train.loop import FitProgress
-from apecache.train.model import AlignmentModel
-from apecache.train.pooling import cached_array
-from apecache.train.pretrained import with_own_scale
 from apecache.train.recorded_steps import recorded_steps
 from apecache.train.session import (
     RunFolder,
@@ -114,54 +108,26 @@ def fit_head(
         )
     # Folder, features and checkpoint are checked before anything large is read.
     require_usable(out, spec.overwrite)
-    arrays = (
-        cached_array(store, recipe=recipe, side="image", name=spec.image_features),
-        cached_array(store, recipe=recipe, side="text", name=spec.text_features),
-    )
-    recipe = with_own_scale(recipe, arrays[0].record.spec, arrays[1].record.spec)
-    identity = _identity(recipe, spec=spec, store=store, arrays=arrays)
-    checkpoint = None if spec.overwrite else find_checkpoint(out, identity)
-    extraction = read_extraction(report_path, arrays) if report_path else None
-    device = resolve_device(spec.device)
-    # The meter starts before loading: resident features count for the peak of memory.
-    meter = ResourceMeter(device)
-    begin = time.perf_counter()
-    train, dev = load_splits(
-        store,
-        image=arrays[0],
-        text=arrays[1],
-        spec=spec.splits,
-        device=device,
-        recipe=recipe,
-        keep=spec.keep,
-    )
-    loading_seconds = time.perf_counter() - begin
-    model, closed_form = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
-    training = HeadFit(model, recipe, spec.seed)
-    plan = StepCount.of(recipe, train)
-    if plan.n_steps and training.optimizer is None:
-        raise RecipeError(
-            f"recipe {recipe.name}: nothing would be trained; let a head or the temperature learn"
-        )
-    findings = lint_fit(
-        store,
-        arrays=arrays,
-        recipe=recipe,
-        splits=spec.splits,
-        report_split=spec.report_split,
-        train=train,
-        model=model,
-        optimizer=training.optimizer,
-    )
-    require_sound(findings)
+    inputs = open_inputs(store, recipe, spec)
     folder = RunFolder(
         out=out,
-        identity=identity,
+        identity=inputs.identity(),
         save_seconds=spec.save_seconds,
         progress=progress,
     )
+    checkpoint = None if spec.overwrite else find_checkpoint(out, folder.identity)
+    extraction = read_extraction(report_path, inputs.arrays) if report_path else None
+    # The meter starts before loading: resident features count for the peak of memory.
+    meter = ResourceMeter(inputs.device)
+    begin = time.perf_counter()
+    train, dev = inputs.load()
+    loading_seconds = time.perf_counter() - begin
+    model, closed_form = initial_model(inputs.recipe, train=train, dev=dev, seed=spec.seed)
+    training = HeadFit(model, inputs.recipe, spec.seed)
+    plan = StepCount.of(inputs.recipe, train)
+    findings = _checked(training, plan=plan, inputs=inputs, train=train)
     # Dropout and noise draw by another seed than the initial weights.
-    with locked(out), seeded(spec.seed + 1, device):
+    with locked(out), seeded(spec.seed + 1, inputs.device):
         resumed_step = run_in_folder(
             training,
             train=train,
@@ -176,14 +142,10 @@ def fit_head(
             training,
             train=train,
             plan=plan,
-            arrays=arrays,
+            arrays=inputs.arrays,
             meter=meter,
             price_per_hour=spec.price_per_hour,
             resumed_step=resumed_step,
-        )
-        ledger = replace(
-            with_extraction(ledger, extraction, recipe.loss.captions),
-            warnings=tuple(str(finding) for finding in findings),
         )
         report = _report(
             training,
@@ -192,32 +154,14 @@ def fit_head(
             out=out,
             plan=plan,
             resumed_step=resumed_step,
-            ledger=ledger,
+            ledger=replace(
+                with_extraction(ledger, extraction, inputs.recipe.loss.captions),
+                warnings=tuple(str(finding) for finding in findings),
+            ),
         )
-        save_ledger(ledger, out)
-        used = used_values(training, plan, n_items(train, recipe.schedule.epoch))
-        heads = _trained(
-            training.model,
-            arrays=arrays,
-            recipe=recipe,
-            spec=spec,
-            store=store,
-            report=report,
-            closed_form=closed_form,
-            used=used,
-        )
-        save_card(
-            heads,
-            recipe=recipe,
-            dev=report.dev,
-            ledger=ledger,
-            origin=str(store.source["origin"]),
-            run=out,
-        )
-        # The heads make the run a finished one, so ledger and card are written before them and the
-        # checkpoint is removed after them.
-        save_heads(heads, out)
-        remove_tensors(out / CHECKPOINT)
+        used = used_values(training, plan, n_items(train, inputs.recipe.schedule.epoch))
+        recorded = {**inputs.settings(), "closed_form": closed_form, "used": used}
+        _save(training, inputs=inputs, report=report, recorded=recorded)
     return report
 
 
@@ -231,47 +175,41 @@ def untrained_heads(
     Standardization is fitted on the training features.
     """
     spec = spec or FitSpec()
-    arrays = (
-        cached_array(store, recipe=recipe, side="image", name=spec.image_features),
-        cached_array(store, recipe=recipe, side="text", name=spec.text_features),
-    )
-    train, dev = load_splits(
-        store,
-        image=arrays[0],
-        text=arrays[1],
-        spec=spec.splits,
-        device=resolve_device(spec.device),
-        recipe=recipe,
-        keep=spec.keep,
-    )
-    model, _ = initial_model(recipe, train=train, dev=dev, seed=spec.seed)
-    return TrainedHeads(
-        image=_side(model.image, arrays[0]),
-        text=_side(model.text, arrays[1]),
-        scale=float(model.temperature.scale().detach()),
-        bias=model.temperature.bias_value(),
-    )
+    inputs = open_inputs(store, recipe, spec)
+    train, dev = inputs.load()
+    model, _ = initial_model(inputs.recipe, train=train, dev=dev, seed=spec.seed)
+    return inputs.heads(model)
 
 
-def _identity(
-    recipe: Recipe,
-    spec: FitSpec,
-    store: FeatureStore,
-    arrays: tuple[FeatureArray, FeatureArray],
-) -> Fingerprint:
-    """Return the identity of a fit, which its checkpoints carry."""
-    image, text = arrays
-    fields = {
-        "recipe": recipe.model_dump(mode="json"),
-        "seed": spec.seed,
-        "data": store.digest,
-        "image_features": image.record.encoder.digest,
-        "text_features": text.record.encoder.digest,
-        "splits": asdict(spec.splits),
-    }
-    if spec.keep is not None:
-        fields["keep"] = digest_keep_list(as_path(spec.keep, "keep"))
-    return Fingerprint(fields=fields)
+def _checked(
+    training: HeadFit,
+    plan: StepCount,
+    inputs: HeadInputs,
+    train: FeaturePairs,
+) -> list[Finding]:
+    """Return the warnings of the checks before a fit.
+
+    Raises:
+        RecipeError: Nothing would be trained.
+        DataError: A check fails.
+    """
+    if plan.n_steps and training.optimizer is None:
+        raise RecipeError(
+            f"recipe {inputs.recipe.name}: nothing would be trained; let a head or the temperature "
+            "learn"
+        )
+    findings = lint_fit(
+        inputs.store,
+        arrays=inputs.arrays,
+        recipe=inputs.recipe,
+        splits=inputs.spec.splits,
+        report_split=inputs.spec.report_split,
+        train=train,
+        model=training.model,
+        optimizer=training.optimizer,
+    )
+    require_sound(findings)
+    return findings
 
 
 def _report(
@@ -305,33 +243,21 @@ def _report(
     )
 
 
-def _side(head: Head, array: FeatureArray) -> TrainedSide:
-    """Return a head with the encoder of the features that it was trained on."""
-    return TrainedSide(
-        head=head,
-        encoder=asdict(array.record.spec),
-        fingerprint=array.record.encoder,
-    )
-
-
-def _trained(
-    model: AlignmentModel,
-    arrays: tuple[FeatureArray, FeatureArray],
-    recipe: Recipe,
-    spec: FitSpec,
-    store: FeatureStore,
+def _save(
+    training: HeadFit,
+    inputs: HeadInputs,
     report: FitReport,
-    closed_form: Json,
-    used: Json,
-) -> TrainedHeads:
-    """Return the finished heads with what is recorded of their training."""
-    training: dict[str, Json] = {
-        "recipe": recipe.model_dump(mode="json"),
-        "seed": spec.seed,
-        "splits": asdict(spec.splits),
-        "data": store.digest,
-        "closed_form": closed_form,
-        "used": used,
+    recorded: dict[str, Json],
+) -> None:
+    """Write the finished run.
+
+    Args:
+        training: State of the fit, with the best weights in the model.
+        inputs: What the fit read.
+        report: Report on the fit.
+        recorded: Settings that the run records.
+    """
+    results: dict[str, Json] = {
         "best_epoch": report.best_epoch,
         "dev": asdict(report.dev),
         "n_trained_parameters": report.n_trained_parameters,
@@ -340,12 +266,17 @@ def _trained(
         "n_negatives": report.n_negatives,
         "seconds": report.seconds,
     }
-    if spec.keep is not None:
-        training["keep"] = digest_keep_list(as_path(spec.keep, "keep"))
-    return TrainedHeads(
-        image=_side(model.image, arrays[0]),
-        text=_side(model.text, arrays[1]),
-        scale=float(model.temperature.scale().detach()),
-        bias=model.temperature.bias_value(),
-        training=training,
+    heads = replace(inputs.heads(training.model), training={**recorded, **results})
+    # The heads make the run a finished one, so ledger and card are written before them and the
+    # checkpoint is removed after them.
+    save_ledger(report.ledger, report.run)
+    save_card(
+        heads,
+        recipe=inputs.recipe,
+        dev=report.dev,
+        ledger=report.ledger,
+        origin=str(inputs.store.source["origin"]),
+        run=report.run,
     )
+    save_heads(heads, report.run)
+    remove_tensors(report.run / CHECKPOINT)
