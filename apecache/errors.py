@@ -194,17 +194,17 @@ def one_line(text: object, limit: int = 200) -> str:
 
 
 @contextmanager
-def naming(place: object, copy: object) -> Iterator[None]:
-    """Replace a path in the messages of errors.
+def naming(known: object, internal: object) -> Iterator[None]:
+    """Replace a name in the messages of errors.
 
     Args:
-        place: the path that the user knows.
-        copy: the temporary copy that is worked on, which messages would name.
+        known: the path or option that the user gave.
+        internal: what messages would name, such as a temporary copy.
     """
     try:
         yield
     except ApecacheError as error:
-        error.args = (str(error).replace(str(copy), str(place)), *error.args[1:])
+        error.args = (str(error).replace(str(internal), str(known)), *error.args[1:])
         raise
 
 

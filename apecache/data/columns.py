@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from string import Formatter
 from typing import Any
 
+from apecache.data.further_columns import requested_columns
 from apecache.data.pairs import SourceFields, TableRow
 from apecache.data.spec import COLUMN_FLAGS, OpenSpec, Role, refuse_url
 from apecache.errors import ManifestError, OptionError, nearest
@@ -39,6 +40,8 @@ class Columns:
     split: str | None = None
     language: str | None = None
     label: str | None = None
+    further: tuple[str, ...] = ()
+    """Further columns."""
 
     @property
     def names(self) -> list[str]:
@@ -46,7 +49,9 @@ class Columns:
         optional_names = (self.key, self.split, self.language, self.label)
         named = [name for name in optional_names if name is not None]
         # A column may have two roles, and is read once.
-        all_names = dict.fromkeys([*self.captions, *template_names(self.template), *named])
+        all_names = dict.fromkeys(
+            [*self.captions, *template_names(self.template), *named, *self.further]
+        )
         return [name for name in all_names if name != self.image]
 
 
@@ -61,6 +66,8 @@ def source_fields(columns: Columns, names: Iterable[str]) -> SourceFields:
         label=columns.label,
         language=columns.language,
         unused=tuple(name for name in names if name not in used_names),
+        further=columns.further,
+        columns=tuple(names),
     )
 
 
@@ -82,6 +89,9 @@ def choose_columns(names: Sequence[str], location: object, spec: OpenSpec) -> Co
         requested = getattr(spec, option)
         if option in ("label_column", "key_column", "split_column") and requested is not None:
             _require_column(requested, flag, names=names, location=location)
+    further = requested_columns(spec)
+    for name in further:
+        _require_column(name, "--column", names=names, location=location)
     image = _choose(
         "image",
         requested=spec.image_column,
@@ -106,6 +116,7 @@ def choose_columns(names: Sequence[str], location: object, spec: OpenSpec) -> Co
         split=spec.split_column or default_split,
         language=_first(LANGUAGE_COLUMNS, names),
         label=label,
+        further=further,
     )
 
 
@@ -309,6 +320,7 @@ def to_row(line: int, record: Mapping[str, Any], columns: Columns, where: object
         split=_optional_text(record, columns.split, role="split", location=location),
         language=_optional_text(record, columns.language, role="language", location=location),
         label=_optional_text(record, columns.label, role="label", location=location),
+        further=tuple(to_text(record.get(name), location, name) for name in columns.further),
     )
 
 

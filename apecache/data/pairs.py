@@ -42,6 +42,10 @@ class SourceFields:
     language: str | None = None
     unused: tuple[str, ...] = ()
     """Columns that have no role."""
+    further: tuple[str, ...] = ()
+    """Further columns that the rows carry."""
+    columns: tuple[str, ...] = ()
+    """All columns, by the names that ask for them as further ones."""
 
     @property
     def taken(self) -> dict[str, str]:
@@ -141,6 +145,8 @@ class TableRow:
     label: str
     key: str = ""
     """Name of the image to the user; empty if it is that of the media."""
+    further: tuple[str, ...] = ()
+    """Values of the further columns, in the order of their names."""
 
     @property
     def name(self) -> str:
@@ -157,9 +163,13 @@ def source_of_rows(
     """Join the rows of a table to a source.
 
     Raises:
-        ManifestError: One image is in two splits, has two labels, or two files.
+        ManifestError: One image is in two splits, has two labels, values or files.
     """
-    pairs = join_rows(rows, origin)
+    pairs = join_rows(rows, origin, fields.further)
+    columns: dict[str, dict[str, str]] = {name: {} for name in fields.further}
+    for row in rows:
+        for name, value in zip(fields.further, row.further, strict=True):
+            columns[name][row.name] = value
     image_of_key = {row.name: row.image for row in rows}
     if any(key != image for key, image in image_of_key.items()):
         media = RenamedMedia(media=media, names=image_of_key)
@@ -167,30 +177,47 @@ def source_of_rows(
     skipped = {}
     if fields.caption is not None and without_captions:
         skipped["rows without a caption"] = without_captions
-    return PairSource(pairs, origin=origin, media=media, fields=fields, skipped=skipped)
+    return PairSource(
+        pairs,
+        origin=origin,
+        media=media,
+        fields=fields,
+        skipped=skipped,
+        columns=columns,
+    )
 
 
-def join_rows(rows: Sequence[TableRow], where: str) -> tuple[Pair, ...]:
+def join_rows(
+    rows: Sequence[TableRow],
+    where: str,
+    further: Sequence[str] = (),
+) -> tuple[Pair, ...]:
     """Group rows by key, keeping the order of first appearance.
 
+    Args:
+        rows: Rows of a table.
+        where: The table, for error messages.
+        further: Names of the further columns.
+
     Raises:
-        ManifestError: One image is in two splits, has two labels, or two files.
+        ManifestError: One image is in two splits, has two labels, values or files.
     """
     grouped: dict[str, list[TableRow]] = {}
     for row in rows:
         grouped.setdefault(row.name, []).append(row)
-    return tuple(_pair(key, group, where) for key, group in grouped.items())
+    return tuple(_pair(key, group, where, further) for key, group in grouped.items())
 
 
-def _pair(key: str, rows: list[TableRow], location: str) -> Pair:
+def _pair(key: str, rows: list[TableRow], location: str, further: Sequence[str]) -> Pair:
     """Join the rows of one image."""
-    # Captions may differ from row to row, but an image has one split and one label.
+    # Captions may differ from row to row, but an image has one value of all else.
     first = rows[0]
     for row in rows[1:]:
         for field_name, row_value, first_value in (
             ("file", row.image, first.image),
             ("split", row.split, first.split),
             ("label", row.label, first.label),
+            *zip(further, row.further, first.further, strict=True),
         ):
             if row_value != first_value:
                 raise ManifestError(

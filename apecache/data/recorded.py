@@ -9,13 +9,11 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from PIL import Image
 
 from apecache.arguments import AnyPath
-from apecache.data.further_columns import read_column
 from apecache.data.hub import PREFIX
 from apecache.data.images import DEFAULT_RULES, load_image
 from apecache.data.media import (
@@ -33,7 +31,7 @@ from apecache.data.media import (
 from apecache.data.pairs import PairSource
 from apecache.data.sources import open_unsplit
 from apecache.data.spec import OpenSpec, spec_of_options
-from apecache.errors import ManifestError, MissingExtraError, OptionError
+from apecache.errors import ManifestError, MissingExtraError, OptionError, naming
 from apecache.fingerprint import Json
 
 MEDIA = "media"
@@ -65,7 +63,8 @@ def recorded_media(
         ManifestError: The source that is given cannot be opened.
     """
     options: Mapping[str, Json] = record.get("options", {})
-    spec = spec_of_options(options)
+    # The store has the further columns, and the images do not need them.
+    spec = replace(spec_of_options(options), columns=())
     media_type = options.get(MEDIA, FolderMedia.__name__)
     if source is not None:
         media = open_unsplit(source, replace(spec, root=root or spec.root)).media
@@ -99,13 +98,15 @@ def recorded_column(
     Raises:
         ManifestError: The table cannot be opened, has no such column, or several values for one
             image.
+        OptionError: This kind of source has no columns.
     """
-    spec = spec_of_options(record.get("options", {}))
+    spec = replace(spec_of_options(record.get("options", {})), columns=(column,))
     origins = _origins(record) if source is None else [source]
     for origin in origins:
         # Of several places the last one explains what is wrong.
         try:
-            return read_column(spec, column, partial(open_unsplit, origin), option)
+            with naming(option, "--column"):
+                return dict(open_unsplit(origin, spec).columns[column])
         except ManifestError:
             if origin == origins[-1]:
                 raise

@@ -20,6 +20,7 @@ from apecache.data.columns import (
     to_captions,
     to_text,
 )
+from apecache.data.further_columns import requested_columns
 from apecache.data.pairs import SourceFields, TableRow
 from apecache.data.spec import SPLITS, OpenSpec
 from apecache.errors import ManifestError, nearest
@@ -34,6 +35,7 @@ SIDECAR_OPTIONS = (
     "label_column",
     "key_column",
     "caption_template",
+    "columns",
     *TEXT_SIDECAR_OPTIONS,
 )
 """Options that images with texts can follow; most of them name fields of `.json`."""
@@ -136,6 +138,7 @@ def sidecar_rows(
             split=_value(record, fields.split, sidecar.location) or sidecar.split,
             language=_value(record, fields.language, sidecar.location),
             label=label or sidecar.label,
+            further=tuple(_value(record, name, sidecar.location) for name in fields.further),
         )
         rows.append(row)
     return rows, _source_fields(sidecars, list(names), fields=fields, spec=spec), skipped
@@ -152,6 +155,8 @@ class _JsonFields:
     split: str | None
     label: str | None
     language: str | None
+    further: tuple[str, ...]
+    """Further columns."""
 
 
 def _json_fields(names: Sequence[str], origin: str, spec: OpenSpec) -> _JsonFields:
@@ -168,6 +173,8 @@ def _json_fields(names: Sequence[str], origin: str, spec: OpenSpec) -> _JsonFiel
         ("--label-column", spec.label_column),
     ]
     requested += [("--caption-template", name) for name in template_names(spec.caption_template)]
+    further = requested_columns(spec)
+    requested += [("--column", name) for name in further]
     for flag, name in requested:
         if name is not None and name not in names:
             raise _no_field(name, flag, names=names, origin=origin)
@@ -181,6 +188,7 @@ def _json_fields(names: Sequence[str], origin: str, spec: OpenSpec) -> _JsonFiel
         split=spec.split_column or default_split,
         label=spec.label_column or next((name for name in LABEL_COLUMNS if name in names), None),
         language=next((name for name in LANGUAGE_COLUMNS if name in names), None),
+        further=further,
     )
 
 
@@ -243,6 +251,7 @@ def _source_fields(
         caption = ", ".join(json_captions) or None
     label = "cls" if "cls" in endings else _named(fields.label)
     used = {caption, label, *map(_named, (fields.key, fields.split, fields.language))}
+    used |= set(map(_named, fields.further))
     # Where the text beside the image is the caption, JSON captions are unused.
     if caption not in endings:
         used |= set(json_captions)
@@ -255,6 +264,8 @@ def _source_fields(
         label=label,
         language=_named(fields.language),
         unused=tuple(name for name in available if name not in used),
+        further=fields.further,
+        columns=tuple(names),
     )
 
 

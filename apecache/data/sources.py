@@ -14,7 +14,7 @@ from apecache.arguments import AnyPath, as_place, require_spec
 from apecache.data.annotations import open_annotations
 from apecache.data.folders import open_folder
 from apecache.data.frames import is_frame, open_frame
-from apecache.data.further_columns import with_further_columns
+from apecache.data.further_columns import require_column_names
 from apecache.data.hub import PREFIX, is_dataset, open_dataset, open_hub
 from apecache.data.media import FolderMedia, NoMedia, ObjectMedia, base_media, moved_media
 from apecache.data.pairs import PairSource
@@ -86,11 +86,12 @@ def open_unsplit(uri: AnyPath, spec: OpenSpec) -> PairSource:
 
 
 def _finished(spec: OpenSpec, opened: Callable[[OpenSpec], PairSource]) -> PairSource:
-    """Open and check a source, and give it the splits, columns and rules of the spec."""
+    """Open and check a source, and give it the splits and rules of the spec."""
+    require_column_names(spec)
     source = opened(spec)
     _require(source, spec)
     source = replace(source, pixels=spec.pixels, options=recorded_options(spec))
-    return resplit(with_further_columns(source, spec, opened), spec)
+    return resplit(source, spec)
 
 
 def _open(uri: str, spec: OpenSpec) -> PairSource:

@@ -35,6 +35,7 @@ COLUMN_FLAGS = {
     "label_column": "--label-column",
     "key_column": "--key-column",
     "caption_template": "--caption-template",
+    "columns": "--column",
 }
 COLUMN_OPTIONS = tuple(COLUMN_FLAGS)
 TEXT_OPTIONS = ("separator", "quoting")

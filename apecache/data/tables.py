@@ -157,4 +157,10 @@ def joined_fields(table_fields: Sequence[SourceFields]) -> SourceFields:
             names_by_role.setdefault(role, {})[name] = None
         unused |= dict.fromkeys(fields.unused)
     joined_names = {role: ", ".join(names) for role, names in names_by_role.items()}
-    return SourceFields(**joined_names, unused=tuple(unused))
+    columns = dict.fromkeys(chain.from_iterable(fields.columns for fields in table_fields))
+    return SourceFields(
+        **joined_names,
+        unused=tuple(unused),
+        further=table_fields[0].further,
+        columns=tuple(columns),
+    )

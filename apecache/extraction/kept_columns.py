@@ -43,13 +43,12 @@ def with_columns_of(
     Raises:
         ManifestError: The source has a column, and it cannot be read.
     """
-    present = {*source.fields.unused, *source.fields.taken.values()}
     record = {"origin": source.origin, "options": options_to_record(source)}
     columns = dict(source.columns)
     for name in names:
         if name in columns:
             continue
-        if name not in present:
+        if name not in source.fields.columns:
             if name in known:
                 columns[name] = known[name]
             continue

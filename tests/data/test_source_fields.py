@@ -63,7 +63,13 @@ def test_a_folder_with_metadata_takes_splits_from_its_folders(tmp_path: Path) ->
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "metadata.csv").write_text("file_name,text,extra\na.png,a dog,1\n")
     draw_shape("red", "circle").save(tmp_path / "train" / "a.png")
-    expected = SourceFields(image="file_name", caption="text", split="folder", unused=("extra",))
+    expected = SourceFields(
+        image="file_name",
+        caption="text",
+        split="folder",
+        unused=("extra",),
+        columns=("file_name", "text", "extra"),
+    )
     assert fields(tmp_path) == expected
 
 
@@ -86,6 +92,7 @@ def test_tars_name_endings_and_fields_of_their_json(tmp_path: Path) -> None:
         split="json.split",
         label="cls",
         unused=("json.caption", "json.url"),
+        columns=("caption", "url", "split"),
     )
     assert fields(tmp_path / "a.tar") == expected
     assert fields(tmp_path / "a.tar", caption_column="caption").caption == "json.caption"
@@ -122,5 +129,6 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
         caption="text",
         split="the data set's own splits",
         unused=("license",),
+        columns=("picture", "text", "license"),
     )
     assert fields(f"hf-datasets:{tmp_path / 'saved'}") == expected

@@ -1,5 +1,6 @@
 """Further columns of a table: a view holds them, and every edit keeps them."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from inputs import samples, write_tar
 from pyarrow import parquet
 from tiny import COLORS, SHAPES, draw_shape, tree
 
@@ -275,7 +277,7 @@ def test_a_source_without_columns_leaves_those_of_the_view_as_they_are(
     assert list(pairs.columns) == ["color"]
     # The names of the images are others in the folder.
     assert set(pairs.columns["color"]) == {""}
-    with pytest.raises(OptionError, match="--column color says nothing about this kind of source"):
+    with pytest.raises(OptionError, match="--column says nothing about this kind of source"):
         open_pairs(tmp_path / "images", OpenSpec(columns=("color",)))
 
 
@@ -300,6 +302,22 @@ def test_a_kept_column_that_cannot_be_read_is_no_reason_to_keep_old_values(
         extract(opened, store, spec)
     extract(open_pairs(frame, OpenSpec(root=tmp_path, columns="color")), store, spec)
     assert set(colors_of(store).values()) == {"new"}
+
+
+def test_a_kept_column_is_read_again_from_the_json_of_a_tar(
+    tiny_image_encoder: Path,
+    tmp_path: Path,
+) -> None:
+    for color in ("red", "blue"):
+        members = samples()
+        for name in list(members):
+            if name.endswith(".png"):
+                fields = json.dumps({"color": color}).encode()
+                members[name.replace(".png", ".json")] = fields
+        columns = ("color",) if color == "red" else ()
+        tar = write_tar(tmp_path / "shard.tar", members)
+        extract_colored(tar, tmp_path / "store", tiny_image_encoder, *columns)
+        assert set(colors_of(tmp_path / "store").values()) == {color}
 
 
 def test_the_order_of_columns_is_no_change(
