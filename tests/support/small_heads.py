@@ -44,8 +44,8 @@ def _small_head(spec: HeadSpec) -> HeadSpec:
 def small_pairs(recipe: Recipe) -> FeaturePairs:
     """Images with three captions each: pooled, or tokens, where texts differ in length."""
     n_texts = N_IMAGES * N_CAPTIONS
-    image_shape = (N_IMAGES, IMAGE_DIM)
-    text_shape = (n_texts, TEXT_DIM)
+    image_shape: tuple[int, ...] = (N_IMAGES, IMAGE_DIM)
+    text_shape: tuple[int, ...] = (n_texts, TEXT_DIM)
     text_lengths = None
     if recipe.image.cut == "tokens":
         image_shape = (N_IMAGES, N_TOKENS, IMAGE_DIM)

@@ -212,7 +212,7 @@ def perturbed(*heads: Head) -> None:
     for head in heads:
         for number, parameter in enumerate(head.parameters()):
             with torch.no_grad():
-                parameter += 0.4 * draw(*parameter.shape, seed=number)
+                parameter.add_(0.4 * draw(*parameter.shape, seed=number))
 
 
 def batch_of(name: str, pairs: FeaturePairs) -> Batch:
