@@ -4,7 +4,8 @@ import numpy as np
 
 from apecache.sweeps.space import Dimension, Space
 
-CLOSED_FORMS = ("cca", "csa", "ridge", "procrustes")
+CLOSED_FORMS = ("cca", "weighted-cca", "ridge", "procrustes")
+"""All of the zoo but `csa`: `weighted-cca` weights before it normalizes, and retrieves better."""
 DEFAULT = "projection"
 FAMILIES = ("projection", "gated")
 FIRST_TRIALS = ({"recipe": "gated"},)

@@ -232,6 +232,20 @@ def test_the_recipes_of_the_guide_are_some(tmp_path: Path) -> None:
     assert count_parameters(recipe, 1280, 384) > 1000
 
 
+@pytest.mark.parametrize("name", [*zoo_names(), *tower_zoo_names()])
+def test_no_text_of_a_recipe_breaks_a_line_within_a_word(name: str) -> None:
+    """A line that ends in a hyphen is read as `as- coded`: the value would be refused."""
+    recipe = load_recipe(name)
+    assert not re.search(r"\w- ", f"{recipe.summary} {recipe.source}")
+
+
+def test_a_value_that_a_text_names_is_one_that_the_recipe_takes() -> None:
+    """`key = "value"` between backticks."""
+    for name in (*zoo_names(), *tower_zoo_names()):
+        for setting in re.findall(r"`(\w+\.\w+ = [^`]+)`", load_recipe(name).source):
+            assert load_recipe(name, [setting.replace(" = ", "=")]) != load_recipe(name)
+
+
 # --- recipes that extend others -------------------------------------------------------------------
 
 

@@ -1,18 +1,18 @@
-"""Steps, learning rates and temperatures of recipes against the formulas of their publications."""
+"""Steps and learning rates of recipes against the formulas of their publications."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from small_heads import small_pairs, small_recipe
 
-from apecache.losses.contrastive import Temperature, info_nce, temperature_in
-from apecache.losses.registry import build_temperature
 from apecache.recipes.recipe import load_recipe
 from apecache.train.batches import FeaturePairs, batches
-from apecache.train.fit import StepCount
-from apecache.train.optim import build_optimizer, learning_rate_factor
+from apecache.train.fit import HeadFit, StepCount
+from apecache.train.loop import set_rates
+from apecache.train.model import build_model
+from apecache.train.optim import learning_rate_factor
 
 COCO_PAIRS = 591_753
 COCO_IMAGES = 118_287
@@ -84,16 +84,62 @@ def test_fusemix_warms_up_for_100_steps_and_its_cosine_counts_epochs() -> None:
     assert rates("fusemix", plan) == pytest.approx(expected, rel=1e-12)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Steps of a recipe for so many images: a warm-up in equal parts, then a cosine to 0."""
+
+    settings: tuple[str, ...] = ()
+    n_images: int = 10_240
+    n_steps: int
+    n_warmup: int
+    lr: float
+
+
+PLANS = {
+    "ape": Plan(n_steps=300, n_warmup=30, lr=1e-3),
+    "freeze-align": Plan(n_steps=300, n_warmup=30, lr=5e-4),
+    "sail": Plan(n_steps=200, n_warmup=20, lr=1e-4),
+    "sharelock": Plan(n_steps=300, n_warmup=9, lr=1e-3),
+    "sharelock as published": Plan(
+        settings=("schedule.steps=5000", "schedule.accumulate=16"),
+        n_images=50_000,
+        n_steps=5_000,
+        n_warmup=150,
+        lr=1e-3,
+    ),
+    "structure": Plan(n_steps=500, n_warmup=50, lr=2e-3),
+    "token-anchors": Plan(n_steps=300, n_warmup=30, lr=1e-3),
+}
+
+
+def warmed_cosine(plan: Plan) -> list[float]:
+    warmup = [plan.lr * (step + 1) / plan.n_warmup for step in range(plan.n_warmup)]
+    n_rest = plan.n_steps - plan.n_warmup
+    rest = [plan.lr / 2 * (1 + math.cos(math.pi * step / n_rest)) for step in range(n_rest)]
+    return warmup + rest
+
+
+@pytest.mark.parametrize("row", PLANS)
+def test_heads_take_so_many_steps_at_these_rates(row: str) -> None:
+    """The rates that the optimizer of a fit has at every step, in all of its groups."""
+    plan = PLANS[row]
+    recipe = small_recipe(row.split()[0], *plan.settings)
+    training = HeadFit(build_model(recipe, small_pairs(recipe), seed=0), recipe, seed=0)
+    steps = StepCount.of(recipe, pairs_of(plan.n_images, plan.n_images))
+    assert steps.n_steps == plan.n_steps
+    assert training.optimizer is not None
+    for step, expected in enumerate(warmed_cosine(plan)):
+        training.step = step
+        set_rates(training, steps)
+        for group in training.optimizer.param_groups:
+            assert group["lr"] == pytest.approx(expected, rel=1e-9)
+
+
 def test_freezing_warms_up_for_500_of_3125_steps_and_falls_to_nothing() -> None:
-    plan = StepCount.of(load_recipe("freeze/Vuf-Tuu"), pairs_of(12_800_000, 12_800_000))
-    assert plan.n_steps == 3_125
-    expected = []
-    for step in range(3_125):
-        if step < 500:
-            expected.append(5e-4 * (step + 1) / 500)
-        else:
-            expected.append(5e-4 * 0.5 * (1 + math.cos(math.pi * (step - 500) / 2_625)))
-    assert rates("freeze/Vuf-Tuu", plan) == pytest.approx(expected, rel=1e-12)
+    steps = StepCount.of(load_recipe("freeze/Vuf-Tuu"), pairs_of(12_800_000, 12_800_000))
+    plan = Plan(n_steps=3_125, n_warmup=500, lr=5e-4)
+    assert steps.n_steps == plan.n_steps
+    assert rates("freeze/Vuf-Tuu", steps) == pytest.approx(warmed_cosine(plan), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["lilt-c", "shared-encoder", "see-hear-read", "fusemix"])
@@ -123,69 +169,3 @@ def test_an_epoch_of_pairs_shows_every_caption_once_with_its_own_image() -> None
         groups = torch.arange(16) if batch.groups is None else batch.groups.image
         same = groups.unsqueeze(0) == groups.unsqueeze(1)
         assert torch.equal(same, image.unsqueeze(0) == image.unsqueeze(1))
-
-
-def embeddings() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    image = F.normalize(torch.randn(64, 32, generator=generator, dtype=torch.float64), dim=-1)
-    text = F.normalize(image + 0.3 * torch.randn(64, 32, generator=generator), dim=-1)
-    return image, text
-
-
-@pytest.mark.parametrize("name", ["lilt-c", "lilt-projection", "fusemix"])
-def test_the_temperature_itself_is_learnt_as_published(name: str) -> None:
-    """T is an AdamW parameter; the loss is the mean of two cross-entropies of cosines over T."""
-    recipe = load_recipe(name)
-    image, text = embeddings()
-    temperature = build_temperature(recipe.loss)
-    optimizer = build_optimizer([(temperature.parameter, 1.0)], recipe.optimizer)
-    reference = torch.tensor(0.07, requires_grad=True)
-    decay = recipe.optimizer.weight_decay if name != "fusemix" else 0.0
-    rule = torch.optim.AdamW(
-        [reference],
-        lr=recipe.optimizer.lr,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=decay,
-    )
-    for _ in range(100):
-        logits = image @ text.T / reference
-        targets = torch.arange(64)
-        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-        rule.zero_grad()
-        loss.backward()
-        optimizer.zero_grad()
-        own_loss = info_nce(image, text, temperature.scale())
-        own_loss.backward()
-        assert float(own_loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
-        assert reference.grad is not None
-        assert temperature.parameter.grad is not None
-        torch.testing.assert_close(temperature.parameter.grad, reference.grad, rtol=1e-4, atol=1e-6)
-        rule.step()
-        optimizer.step()
-        temperature.clamp()
-        with torch.no_grad():
-            reference.clamp_(0.001, 0.5)
-    learnt = temperature_in({"temperature.temperature": temperature.parameter})
-    assert learnt == pytest.approx(float(reference.detach()), rel=1e-4)
-    # A hundred steps of 1e-4 or 1e-3 take T far; the logarithm would have moved by as much only.
-    assert learnt < 0.062
-
-
-def test_structures_temperature_stays() -> None:
-    loss = load_recipe("structure").loss
-    assert (loss.temperature, loss.learnable) == (0.05, False)
-
-
-def test_both_parameters_have_one_scale_and_the_slope_of_autograd() -> None:
-    for parameter in ("log_scale", "temperature"):
-        temperature = Temperature(0.05, parameter=parameter)
-        scale = temperature.scale()
-        assert float(scale.detach()) == pytest.approx(20, rel=1e-6)
-        (gradient,) = torch.autograd.grad(scale, temperature.parameter)
-        assert float(temperature.scale_slope().detach()) == pytest.approx(float(gradient), rel=1e-6)
-        temperature.set_scale(1e6)
-        assert float(temperature.scale().detach()) == pytest.approx(100, rel=1e-5)
-        assert temperature_in({f"temperature.{parameter}": temperature.parameter}) == pytest.approx(
-            0.01, rel=1e-5
-        )
