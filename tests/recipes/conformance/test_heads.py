@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from formulas import gelu, layer_norm, linear, unit
 from torch import Tensor, nn
 
 from apecache.errors import RecipeError
@@ -46,24 +47,6 @@ def assert_same(head: Head, inputs: tuple[Tensor, ...], expected: Tensor, weight
 
 def copied(head: Head) -> Weights:
     return {name: p.detach().clone().requires_grad_() for name, p in head.named_parameters()}
-
-
-def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
-def layer_norm(x: Tensor, weights: Weights, name: str) -> Tensor:
-    centered = x - x.mean(-1, keepdim=True)
-    deviation = (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    return centered / deviation * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def gelu(x: Tensor) -> Tensor:
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def unit(x: Tensor) -> Tensor:
-    return x / x.square().sum(-1, keepdim=True).sqrt()
 
 
 def patch_projection(x: Tensor, weights: Weights, name: str) -> Tensor:

@@ -5,27 +5,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from recipes import pairs_of
 from torch import Tensor
 
 from apecache.losses.contrastive import Temperature, info_nce, temperature_in
 from apecache.losses.registry import build_temperature
 from apecache.recipes.recipe import load_recipe
-from apecache.train.batches import FeaturePairs, batches
+from apecache.train.batches import batches
 from apecache.train.fit import StepCount
 from apecache.train.optim import build_optimizer, learning_rate_factor
 
 COCO_PAIRS = 591_753
 COCO_IMAGES = 118_287
-
-
-def pairs_of(n_images: int, n_texts: int) -> FeaturePairs:
-    """Rows as features: so many images, their captions spread evenly."""
-    first_text = torch.linspace(0, n_texts, n_images + 1).long()
-    return FeaturePairs(
-        image=torch.arange(n_images).unsqueeze(1),
-        text=torch.arange(n_texts).unsqueeze(1),
-        first_text=first_text,
-    )
 
 
 def rates(name: str, plan: StepCount) -> list[float]:
@@ -82,18 +73,6 @@ def test_fusemix_warms_up_for_100_steps_and_its_cosine_counts_epochs() -> None:
                 rate = min(1e-3, 1e-6 + (1e-3 - 1e-6) * iteration / 100)
             expected.append(rate)
     assert rates("fusemix", plan) == pytest.approx(expected, rel=1e-12)
-
-
-def test_freezing_warms_up_for_500_of_3125_steps_and_falls_to_nothing() -> None:
-    plan = StepCount.of(load_recipe("freeze/Vuf-Tuu"), pairs_of(12_800_000, 12_800_000))
-    assert plan.n_steps == 3_125
-    expected = []
-    for step in range(3_125):
-        if step < 500:
-            expected.append(5e-4 * (step + 1) / 500)
-        else:
-            expected.append(5e-4 * 0.5 * (1 + math.cos(math.pi * (step - 500) / 2_625)))
-    assert rates("freeze/Vuf-Tuu", plan) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["lilt-c", "shared-encoder", "see-hear-read", "fusemix"])
