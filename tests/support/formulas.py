@@ -191,3 +191,24 @@ def warm_cosine(peak: float, n_warmup: int, n_steps: int) -> list[float]:
             progress = (step - n_warmup) / (n_steps - n_warmup)
             found.append(peak * 0.5 * (1 + math.cos(math.pi * progress)))
     return found
+
+
+def lilt_rates(per_epoch: int) -> list[float]:
+    """The published loop: a scheduler is stepped after iterations 0, 100, …, 1,000 of the first
+    epoch with 0, 1, …, 10, and before every later epoch e with 10 + e."""
+
+    def scheduled(t: int) -> float:
+        if t < 10:
+            return 1e-5 + t * (1e-4 - 1e-5) / 10
+        return 1e-5 + 0.5 * (1e-4 - 1e-5) * (1 + math.cos(math.pi * (t - 10) / 15))
+
+    rate = 1e-5
+    found = []
+    for epoch in range(15):
+        if epoch:
+            rate = scheduled(epoch + 10)
+        for iteration in range(per_epoch):
+            found.append(rate)
+            if epoch == 0 and iteration % 100 == 0 and iteration <= 1000:
+                rate = scheduled(iteration // 100)
+    return found

@@ -679,8 +679,11 @@ EVERYTHING = {
         "schedule.batch_size=4",
         "loss.structure=1",
     ],
-    # Distorted images too, and an epoch of pairs.
-    "adapters, temperature itself": ["lilt-i"],
+    "adapters, temperature itself": [
+        "lilt-c",
+        'towers.rules=[{part="text.adapters"}]',
+        'towers.text_adapter={kind="layerwise"}',
+    ],
 }
 """Recipe and settings."""
 

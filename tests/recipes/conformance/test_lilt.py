@@ -3,7 +3,8 @@
 import pytest
 import torch
 from encoder_fits import SmallFit, assert_gradients, assert_steps, batch_of, small_fit
-from formulas import AdamW, bert_cls, contrastive, linear, vit_cls
+from formulas import AdamW, bert_cls, contrastive, lilt_rates, linear, vit_cls
+from recipes import pairs_of
 from torch import Tensor
 
 from apecache.recipes.recipe import load_recipe
@@ -82,3 +83,11 @@ def test_a_step_is_adamw_and_decays_matrices_and_the_temperature(row: str) -> No
     small.fit.model.temperature.set_scale(50)
     plan = StepCount(n_steps=15 * PER_EPOCH, per_epoch=PER_EPOCH, accumulate=1)
     assert_steps(small, plan, WARM, decays, first_step=1_001)
+
+
+@pytest.mark.parametrize("per_epoch", [1_200, 40])
+def test_stairs_and_cosine_of_epochs_reach_every_group_of_the_optimizer(per_epoch: int) -> None:
+    small = fit_of("c")
+    plan = StepCount.of(small.fit.recipe, pairs_of(per_epoch * 128, per_epoch * 128))
+    assert (plan.n_steps, plan.per_epoch) == (15 * per_epoch, per_epoch)
+    assert small.rates(plan) == pytest.approx(lilt_rates(per_epoch), rel=1e-12)

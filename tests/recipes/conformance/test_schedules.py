@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from formulas import lilt_rates
 from recipes import pairs_of
 from torch import Tensor
 
@@ -26,27 +27,6 @@ def rates(name: str, plan: StepCount) -> list[float]:
         * learning_rate_factor(step, plan.n_steps, recipe.schedule, plan.per_epoch)
         for step in range(plan.n_steps)
     ]
-
-
-def lilt_rates(per_epoch: int) -> list[float]:
-    """The published loop: a scheduler is stepped after iterations 0, 100, …, 1,000 of the first
-    epoch with 0, 1, …, 10, and before every later epoch e with 10 + e."""
-
-    def scheduled(t: int) -> float:
-        if t < 10:
-            return 1e-5 + t * (1e-4 - 1e-5) / 10
-        return 1e-5 + 0.5 * (1e-4 - 1e-5) * (1 + math.cos(math.pi * (t - 10) / 15))
-
-    rate = 1e-5
-    found = []
-    for epoch in range(15):
-        if epoch:
-            rate = scheduled(epoch + 10)
-        for iteration in range(per_epoch):
-            found.append(rate)
-            if epoch == 0 and iteration % 100 == 0 and iteration <= 1000:
-                rate = scheduled(iteration // 100)
-    return found
 
 
 @pytest.mark.parametrize("name", ["lilt-a", "lilt-i", "lilt-p", "lilt-projection", "deep-adapter"])
