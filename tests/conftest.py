@@ -77,6 +77,20 @@ def tiny_image_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def cropping_image_encoder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_image_encoder: Path,
+) -> Path:
+    """The tiny image encoder with a preprocessing that keeps the middle .875 of each side."""
+    folder = tmp_path_factory.mktemp("encoders") / "cropping-vit"
+    shutil.copytree(tiny_image_encoder, folder)
+    description = json.loads((folder / "config.json").read_text())
+    description["pretrained_cfg"]["crop_pct"] = 0.875
+    (folder / "config.json").write_text(json.dumps(description))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformers folder: a two-layer BERT with random weights and a WordPiece tokenizer, at
     most 16 tokens."""

@@ -12,7 +12,8 @@ import pytest
 import torch
 from apecache_cli.app import app
 from numpy.typing import NDArray
-from tiny import tree
+from PIL import Image
+from tiny import draw_landscape, squash, tree
 from typer.testing import CliRunner
 
 from apecache.data.augment import Views
@@ -227,6 +228,29 @@ def test_views_are_the_encoders_features_of_the_augmented_images(
         store.path,
         options(image=image, views=views),
     ).nothing_to_do
+
+
+def test_views_show_random_crops_whole_to_an_encoder_that_crops(
+    cropping_image_encoder: Path,
+    tmp_path: Path,
+) -> None:
+    photos = [draw_landscape(60, 40, (0, white)) for white in (255, 200, 160)]
+    lines = ["image\tcaption"]
+    for number, photo in enumerate(photos):
+        photo.save(tmp_path / f"{number}.png")
+        lines.append(f"{number}.png\ta landscape")
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines) + "\n")
+    image = parse_encoder(f"timm:{cropping_image_encoder}", "image")
+    whole = Views(1, scale=(1.0, 1.0), ratio=(1.5, 1.5), flip=False, operations=0)
+    table = tmp_path / "pairs.tsv"
+    store = run(table, tmp_path / "store", options(image=image, views=whole))
+    encoder = load_image_encoder(image, "cpu")
+    features = torch.from_numpy(store.array("image").load()[:, 0].astype(np.float32))
+    squashed = encoder.encode(torch.stack([squash(photo) for photo in photos]))
+    squares = [photo.resize((60, 60), Image.Resampling.BICUBIC) for photo in photos]
+    cropped = encoder.encode(torch.stack([encoder.preprocess(square) for square in squares]))
+    cut_away = (cropped - squashed).norm(dim=1)
+    assert ((features - squashed).norm(dim=1) < 0.25 * cut_away).all()
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,6 @@ from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec, open_teacher
 from apecache.train.fit_encoder import FitEncoderReport, fit_encoder
-from apecache.train.optim import build_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -165,33 +164,6 @@ def test_new_layers_are_drawn_as_published() -> None:
     assert float(model.image.layers.types.detach().std()) == pytest.approx(1.0, rel=0.2)
     norms = (block.norm1, block.norm2, model.shared.distillation.norm)
     assert {norm.eps for norm in norms} == {1e-6}
-
-
-def test_word_position_and_type_embeddings_are_not_decayed() -> None:
-    model, _ = small()
-    recipe = load_recipe("shared-encoder")
-    optimizer = build_optimizer(model.rates(), recipe.optimizer, model.undecayed())
-    decay = {
-        id(parameter): group["weight_decay"]
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or id(parameter) not in decay:
-            continue
-        is_spared = any(
-            part in name
-            for part in (
-                "word_embeddings",
-                "position_embeddings",
-                "pos_embed",
-                "token_type",
-                "types",
-            )
-        )
-        expected = 0.01 if parameter.ndim >= 2 and not is_spared else 0.0
-        assert decay[id(parameter)] == expected, name
-    assert id(model.image.layers.types) in decay  # type: ignore[union-attr]
 
 
 # --- what it learns of ----------------------------------------------------------------------------

@@ -38,6 +38,32 @@ def draw_shape(color: str, shape: str, side: int = 48):  # type: ignore[no-untyp
     return image
 
 
+def draw_landscape(width: int, height: int, shades: tuple[int, int] = (0, 255)):  # type: ignore[no-untyped-def]
+    """An RGB picture of smooth colors with texture, like a photo, from one shade to the other."""
+    import numpy as np
+    from PIL import Image
+
+    y, x = np.mgrid[0:height, 0:width] / np.array([height - 1, width - 1]).reshape(2, 1, 1)
+    texture = 0.15 * np.sin(40 * x) * np.cos(31 * y)
+    channels = [np.clip(channel + texture, 0, 1) for channel in (x, y, 1 - (x + y) / 2)]
+    low, high = shades
+    values = np.round(low + (high - low) * np.stack(channels, axis=2)).astype(np.uint8)
+    # Every channel has both ends.
+    values[0, 0] = low
+    values[-1, -1] = high
+    return Image.fromarray(values)
+
+
+def squash(image):  # type: ignore[no-untyped-def]
+    """The pixels that the tiny image encoder takes, of the whole image: resized, not cropped."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    values = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC), dtype=np.float32)
+    return torch.from_numpy(values / 127.5 - 1).permute(2, 0, 1)
+
+
 def make_shapes(folder: Path, copies: int = 1) -> Path:
     """`copies` sizes of each of the 12 shapes; returns the path of pairs.tsv."""
     (folder / "images").mkdir(parents=True)

@@ -663,21 +663,29 @@ def stopped_after(n_saves: int) -> Iterator[None]:
 
 
 EVERYTHING = {
-    "plain": ["schedule.epochs=4"],
-    "average": ["optimizer.ema=0.8", "schedule.evaluate_every=2", "schedule.epochs=4"],
+    "plain": ["lit", "schedule.epochs=4"],
+    "average": ["lit", "optimizer.ema=0.8", "schedule.evaluate_every=2", "schedule.epochs=4"],
     "lion, sigmoid": [
+        "lit",
         "optimizer.kind=lion",
         "loss.kind=sigmoid",
         "loss.temperature=0.1",
         "optimizer.ema=0.5",
     ],
-    "sgd, captions": ["optimizer.kind=sgd", "loss.captions=2", "schedule.steps=7"],
+    "sgd, captions": ["lit", "optimizer.kind=sgd", "loss.captions=2", "schedule.steps=7"],
     "accumulation, structure": [
+        "lit",
         "schedule.accumulate=2",
         "schedule.batch_size=4",
         "loss.structure=1",
     ],
+    "adapters, temperature itself": [
+        "lilt-c",
+        'towers.rules=[{part="text.adapters"}]',
+        'towers.text_adapter={kind="layerwise"}',
+    ],
 }
+"""Recipe and settings."""
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
@@ -686,7 +694,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(
     data: Any,
     tmp_path: Path,
 ) -> None:
-    recipe = recipe_of("lit", *EVERYTHING[name])
+    recipe = recipe_of(*EVERYTHING[name])
     fit(data, recipe, tmp_path / "whole", slice_size=3)
     for n_saves in (1, 2, 3):
         with stopped_after(n_saves):

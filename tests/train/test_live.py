@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tiny import draw_landscape, squash
 
 import apecache.train.encoder_data as encoder_data
 from apecache.data.augment import Views
@@ -69,6 +70,24 @@ def test_flipping_alone_mirrors_half_of_the_epochs(inputs: ImageInputs) -> None:
     assert all(
         torch.equal(pixels, plain) or torch.equal(pixels, plain.flip(-1)) for pixels in found
     )
+
+
+def test_a_random_crop_is_shown_whole_by_an_encoder_that_crops(
+    cropping_image_encoder: Path,
+) -> None:
+    photo = draw_landscape(60, 40)
+    encoder = load_image_encoder(parse_encoder(f"timm:{cropping_image_encoder}", "image"), "cpu")
+    inputs = ImageInputs(
+        keys=["a"],
+        open_image=lambda _: photo,
+        preprocess=encoder.preprocess,
+        device=CPU,
+    )
+    whole = Views(1, scale=(1.0, 1.0), ratio=(1.5, 1.5), flip=False, operations=0)
+    shown = inputs.augmented(whole, 1).take([0])[0][0]
+    cropped = encoder.preprocess(photo.resize((60, 60), Image.Resampling.BICUBIC))
+    cut_away = float((cropped - squash(photo)).abs().mean())
+    assert float((shown - squash(photo)).abs().mean()) < 0.25 * cut_away
 
 
 def test_what_is_read_ahead_is_read_once_and_is_what_a_step_takes(inputs: ImageInputs) -> None:

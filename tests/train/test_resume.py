@@ -52,6 +52,13 @@ EVERYTHING = {
         "text={kind='mlp', residual=false, norm='batch', width=16, dim=8}",
         "schedule.patience=3",
     ],
+    "temperature itself": [
+        "loss.temperature_parameter=temperature",
+        "loss.temperature=0.07",
+        "loss.min_temperature=0.001",
+        "optimizer.decay_scalars=true",
+        "optimizer.lr=0.002",
+    ],
     "closed form first": ["init=cca", "image.dim=6", "text.dim=6", "image.input_dropout=0.1"],
 }
 

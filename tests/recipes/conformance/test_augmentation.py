@@ -1,101 +1,103 @@
-"""Augmented images against the statistics of the published operations."""
+"""Augmented images against the statistics and the formulas of the published operations."""
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from tiny import draw_landscape
 
-from apecache.data.augment import FILL, Views
+from apecache.data.augment import FILL, OPERATIONS, Views
 from apecache.recipes.recipe import freeze_names, load_recipe
 
-N_VIEWS = 1500
+Pixels = NDArray[np.float64]
+N_VIEWS = 2000
 LILT = Views(N_VIEWS, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=False, operations=2, magnitude=7.0)
+SIDE = 64
+FULL = (0, 255)
+DULL = (40, 200)
+"""Darkest and lightest value of an image that autocontrast changes."""
 
 
-def landscape(side: int = 64) -> Image.Image:
-    """Smooth shades over the whole range of values, with texture and without the gray of the
-    fill."""
-    y, x = np.mgrid[0:side, 0:side] / (side - 1)
-    texture = 0.15 * np.sin(40 * x) * np.cos(31 * y)
-    channels = [x, y, 1 - (x + y) / 2]
-    pixels = np.stack([np.clip(channel + texture, 0, 1) for channel in channels], axis=2)
-    values = np.round(255 * pixels).astype(np.uint8)
-    values[0, 0] = 0
-    values[-1, -1] = 255
-    return Image.fromarray(values)
+def landscape(shades: tuple[int, int] = FULL) -> Image.Image:
+    return draw_landscape(SIDE, SIDE, shades)
 
 
-def views() -> list[NDArray[np.int_]]:
-    image = landscape()
-    return [np.asarray(view).astype(int) for view in LILT.of(image, "a")]
+def array_of(image: Image.Image) -> Pixels:
+    return np.asarray(image).astype(float)
 
 
-def test_lilt_leaves_36_percent_of_full_range_images_untouched() -> None:
-    """Each of two draws changes nothing if it is not applied (1/2), or identity or autocontrast of
-    a full range (2 of 10): (1/2 + 1/2 x 2/10)^2 = .36."""
-    image = np.asarray(landscape()).astype(int)
-    share = np.mean([np.array_equal(view, image) for view in views()])
-    assert share == pytest.approx(0.36, abs=0.04)
+def changes_of(view: Pixels, original: Pixels) -> tuple[bool, float, float]:
+    """Whether it is changed, mean absolute change of the values, and share of fill."""
+    filled = np.all(view == np.array(FILL), axis=2).mean()
+    return not np.array_equal(view, original), np.abs(view - original).mean(), float(filled)
 
 
-def test_lilt_fills_three_percent_and_changes_pixels_as_much_as_the_formulas_say() -> None:
-    """Written down again: per draw with probability 1/2 one of ten operations."""
-    image = landscape()
-    original = np.asarray(image).astype(int)
-    changes = [np.abs(view - original).mean() for view in views()]
-    filled = [np.all(view == np.array(FILL), axis=2).mean() for view in views()]
-    reference = [reference_view(image, seed) for seed in range(N_VIEWS)]
-    reference_changes = [np.abs(view - original).mean() for view in reference]
-    reference_filled = [np.all(view == np.array(FILL), axis=2).mean() for view in reference]
-    # Standard errors of the means over 1,500 views are about 2 to 4 % of the means.
-    assert np.mean(changes) == pytest.approx(np.mean(reference_changes), rel=0.15)
-    assert np.mean(filled) == pytest.approx(np.mean(reference_filled), rel=0.2)
-    assert 0.015 < np.mean(filled) < 0.05
+@pytest.mark.parametrize(("shades", "untouched"), [(FULL, 0.36), (DULL, 0.3025)])
+def test_lilts_views_change_as_often_and_as_much_as_the_formulas_say(
+    shades: tuple[int, int],
+    untouched: float,
+) -> None:
+    """Each of two draws changes nothing if it is not applied (1/2), or identity (1 of 10), or
+    autocontrast of a full range (1 of 10): (1/2 + 1/2 x 2/10)^2 = .36, or (1/2 + 1/2 x 1/10)^2.
+
+    Twice the strength raises the change by half or more, and an identity less by a ninth.
+    """
+    image = landscape(shades)
+    original = array_of(image)
+    views = [array_of(view) for view in LILT.of(image, "a")]
+    changed, change, filled = np.mean([changes_of(view, original) for view in views], axis=0)
+    expected_changed, expected_change, expected_filled = expected_changes(original)
+    assert 1 - expected_changed == pytest.approx(untouched)
+    # Standard errors over 2,000 views are 0.011 of the share, and about 2 % of the means.
+    assert changed == pytest.approx(expected_changed, abs=0.025)
+    assert change == pytest.approx(expected_change, rel=0.06)
+    assert filled == pytest.approx(expected_filled, rel=0.1)
 
 
-def reference_view(image: Image.Image, seed: int) -> NDArray[np.int_]:
-    """RandAugment(2, 7) by its formulas on arrays: nearest pixels where ours interpolates."""
-    chance = np.random.default_rng(seed)
-    pixels = np.asarray(image).astype(float)
-    for _ in range(2):
-        operation = int(chance.integers(10))
-        if chance.random() < 0.5:
-            pixels = operate(pixels, operation, 1.0 if chance.random() < 0.5 else -1.0)
-    return np.clip(pixels, 0, 255).astype(int)
+def expected_changes(original: Pixels) -> NDArray[np.float64]:
+    """The mean of `changes_of` over all outcomes of two draws, by their probabilities."""
+    draws: list[tuple[float, str, int]] = [(0.5, "identity", 1)]
+    for name in FORMULAS:
+        signs = (1, -1) if name in SIGNED else (1,)
+        draws += [(0.5 / len(FORMULAS) / len(signs), name, sign) for sign in signs]
+    total = np.zeros(3)
+    for first_share, first, first_sign in draws:
+        once = FORMULAS[first](original, first_sign)
+        for second_share, second, second_sign in draws:
+            twice = FORMULAS[second](once, second_sign)
+            total += first_share * second_share * np.array(changes_of(twice, original))
+    return total
 
 
-def operate(pixels: NDArray[np.float64], operation: int, sign: float) -> NDArray[np.float64]:
-    side = len(pixels)
-    center = (side - 1) / 2
-    angle = np.deg2rad(21.0) * sign
-    cosine = np.cos(angle)
-    sine = np.sin(angle)
-    shift = 7 * side / 256 * sign
-    moves = {
-        5: np.array([[1, 0.21 * sign, 0], [0, 1, 0]]),
-        6: np.array([[1, 0, 0], [0.21 * sign, 1, 0]]),
-        7: np.array([[1, 0, shift], [0, 1, 0]]),
-        8: np.array([[1, 0, 0], [0, 1, shift]]),
-        9: np.array(
-            [
-                [cosine, sine, center - center * (cosine + sine)],
-                [-sine, cosine, center + center * (sine - cosine)],
-            ]
-        ),
-    }
-    match operation:
-        case 0 | 1:  # identity, and autocontrast of a full range
-            return pixels
-        case 2:
-            return equalized(pixels)
-        case 3:
-            return np.clip(1.36 * pixels, 0, 255)
-        case 4:
-            return np.clip(pixels + 0.36 * (pixels - smoothed(pixels)), 0, 255)
-    return moved(pixels, moves[operation])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("shades", [FULL, DULL])
+def test_each_operation_at_magnitude_7_is_its_formula(shades: tuple[int, int], sign: int) -> None:
+    image = landscape(shades)
+    assert OPERATIONS.keys() == FORMULAS.keys()
+    for name, operation in OPERATIONS.items():
+        found = array_of(operation(image, 0.7, sign))
+        expected = FORMULAS[name](array_of(image), sign)
+        # At the rim of the fill a rounding decides between it and the image.
+        is_close = np.all(np.abs(found - expected) <= 2, axis=2)
+        assert is_close.mean() > 0.98, name
 
 
-def equalized(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+# --- the operations by their formulas -------------------------------------------------------------
+
+
+def identity(pixels: Pixels, _sign: int) -> Pixels:
+    return pixels
+
+
+def stretched(pixels: Pixels, _sign: int) -> Pixels:
+    """Autocontrast: each channel from its own darkest value to its lightest becomes 0 to 255."""
+    low = pixels.min((0, 1))
+    high = pixels.max((0, 1))
+    return np.floor((pixels - low) * 255 / (high - low))
+
+
+def equalized(pixels: Pixels, _sign: int) -> Pixels:
+    """Each value becomes the share of darker pixels, as Pillow counts them."""
     channels = []
     for channel in np.moveaxis(pixels, 2, 0):
         counts = np.bincount(channel.astype(int).ravel(), minlength=256)
@@ -109,28 +111,145 @@ def equalized(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.stack(channels, axis=2)
 
 
-def smoothed(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+def brightened(pixels: Pixels, _sign: int) -> Pixels:
+    return np.floor(np.clip(1.36 * pixels, 0, 255))
+
+
+def sharpened(pixels: Pixels, _sign: int) -> Pixels:
+    return np.floor(np.clip(pixels + 0.36 * (pixels - smoothed(pixels)), 0, 255))
+
+
+def smoothed(pixels: Pixels) -> Pixels:
     """The kernel of ones with 5 in the middle, over 13; the border stays."""
     result = pixels.copy()
     inner = 4 * pixels[1:-1, 1:-1]
-    side = len(pixels)
     for down in (0, 1, 2):
         for right in (0, 1, 2):
-            inner = inner + pixels[down : side - 2 + down, right : side - 2 + right]
+            inner = inner + pixels[down : SIDE - 2 + down, right : SIDE - 2 + right]
     result[1:-1, 1:-1] = inner / 13
     return result
 
 
-def moved(pixels: NDArray[np.float64], matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each output pixel takes that at `matrix` of its place, or the fill outside."""
-    side = len(pixels)
-    y, x = np.mgrid[0:side, 0:side]
-    from_x = np.round(matrix[0, 0] * x + matrix[0, 1] * y + matrix[0, 2]).astype(int)
-    from_y = np.round(matrix[1, 0] * x + matrix[1, 1] * y + matrix[1, 2]).astype(int)
-    inside = (from_x >= 0) & (from_x < side) & (from_y >= 0) & (from_y < side)
+def sheared_x(pixels: Pixels, sign: int) -> Pixels:
+    return moved(pixels, np.array([[1, 0.21 * sign, 0], [0, 1, 0]]))
+
+
+def sheared_y(pixels: Pixels, sign: int) -> Pixels:
+    return moved(pixels, np.array([[1, 0, 0], [0.21 * sign, 1, 0]]))
+
+
+def shifted_x(pixels: Pixels, sign: int) -> Pixels:
+    """Seven pixels of LilT's 256."""
+    return moved(pixels, np.array([[1, 0, 7 * SIDE / 256 * sign], [0, 1, 0]]))
+
+
+def shifted_y(pixels: Pixels, sign: int) -> Pixels:
+    return moved(pixels, np.array([[1, 0, 0], [0, 1, 7 * SIDE / 256 * sign]]))
+
+
+def rotated(pixels: Pixels, sign: int) -> Pixels:
+    """By 21 degrees about the center, counterclockwise."""
+    angle = np.deg2rad(21.0) * sign
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    center = np.full(2, SIDE / 2)
+    return moved(pixels, np.column_stack([turn, center - turn @ center]))
+
+
+def moved(pixels: Pixels, matrix: Pixels) -> Pixels:
+    """Each output pixel takes what is at `matrix` of its middle, between pixels a mean of the four
+    around, or the fill outside."""
+    y, x = np.mgrid[0:SIDE, 0:SIDE] + 0.5
+    from_x = matrix[0, 0] * x + matrix[0, 1] * y + matrix[0, 2]
+    from_y = matrix[1, 0] * x + matrix[1, 1] * y + matrix[1, 2]
+    inside = (from_x >= 0) & (from_x < SIDE) & (from_y >= 0) & (from_y < SIDE)
+    left = np.floor(from_x - 0.5).astype(int)
+    top = np.floor(from_y - 0.5).astype(int)
+    right_share = (from_x - 0.5 - left)[..., None]
+    lower_share = (from_y - 0.5 - top)[..., None]
+
+    def at(row: NDArray[np.int_], column: NDArray[np.int_]) -> Pixels:
+        return pixels[row.clip(0, SIDE - 1), column.clip(0, SIDE - 1)]
+
+    upper = (1 - right_share) * at(top, left) + right_share * at(top, left + 1)
+    lower = (1 - right_share) * at(top + 1, left) + right_share * at(top + 1, left + 1)
     result = np.full_like(pixels, FILL[0])
-    result[inside] = pixels[from_y[inside], from_x[inside]]
+    result[inside] = np.round((1 - lower_share) * upper + lower_share * lower)[inside]
     return result
+
+
+FORMULAS = {
+    "identity": identity,
+    "autocontrast": stretched,
+    "equalize": equalized,
+    "brightness": brightened,
+    "sharpness": sharpened,
+    "shear_x": sheared_x,
+    "shear_y": sheared_y,
+    "translate_x": shifted_x,
+    "translate_y": shifted_y,
+    "rotate": rotated,
+}
+SIGNED = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+
+
+# --- crops ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [(0.2, 1.0), (0.9, 1.0)])
+def test_crops_have_the_areas_and_ratios_of_random_resized_crops(
+    scale: tuple[float, float],
+) -> None:
+    """Red and green tell where a pixel comes from, so a view tells its box."""
+    side = 200
+    y, x = np.mgrid[0:side, 0:side].astype(np.uint8)
+    image = Image.fromarray(np.stack([x, y, x], axis=2))
+    views = Views(600, scale=scale, flip=False, operations=0).of(image, "a")
+    boxes = np.array([box_of(array_of(view)) for view in views]) / side
+    chance = np.random.default_rng(0)
+    expected = np.array([drawn_box(chance, scale) for _ in range(20_000)])
+    # Area, ratio in its logarithm, place of the middle.
+    for statistic in (
+        lambda width, height, _left, _top: width * height,
+        lambda width, height, _left, _top: np.log(width / height),
+        lambda width, _height, left, _top: left + width / 2,
+        lambda _width, height, _left, top: top + height / 2,
+    ):
+        found = statistic(*boxes.T)
+        by_rule = statistic(*expected.T)
+        # Four standard errors, and the rounding to pixels.
+        limit = 4 * by_rule.std() / len(found) ** 0.5 + 0.002
+        assert abs(found.mean() - by_rule.mean()) < limit
+        assert found.std() == pytest.approx(by_rule.std(), rel=0.2)
+    whole = [np.mean(drawn[:, :2].min(1) > 0.995) for drawn in (boxes, expected)]
+    assert whole[0] == pytest.approx(whole[1], abs=0.05)
+
+
+def box_of(view: Pixels) -> tuple[float, float, float, float]:
+    """Width, height, left and top edge of the box that was stretched to a square view."""
+    side = len(view)
+    inner = np.arange(side // 10, side - side // 10)
+    width, left = np.polyfit((inner + 0.5) / side, view[:, inner, 0].mean(0) + 0.5, 1)
+    height, top = np.polyfit((inner + 0.5) / side, view[inner, :, 1].mean(1) + 0.5, 1)
+    return width, height, left, top
+
+
+def drawn_box(
+    chance: np.random.Generator,
+    scale: tuple[float, float],
+) -> tuple[float, float, float, float]:
+    """A box in a square of side 1: uniform area, ratio uniform in its logarithm, uniform place; the
+    whole square after ten draws that do not fit."""
+    for _ in range(10):
+        area = chance.uniform(*scale)
+        ratio = np.exp(chance.uniform(np.log(3 / 4), np.log(4 / 3)))
+        width = (area * ratio) ** 0.5
+        height = (area / ratio) ** 0.5
+        if max(width, height) <= 1:
+            return width, height, chance.uniform(0, 1 - width), chance.uniform(0, 1 - height)
+    return 1.0, 1.0, 0.0, 0.0
+
+
+# --- what recipes ask for -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", "bdeghijkmop")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from formulas import gelu, layer_norm, linear, unit
 from small_heads import draw, small_pairs, small_recipe
 from torch import Tensor, nn
 
@@ -27,27 +28,10 @@ STEP = 39
 # --- layers ---------------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
-    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-
-def scaled(x: Tensor, weights: Weights, name: str, axis: int) -> Tensor:
-    """A norm over an axis: -1 of a layer, 0 of a batch."""
-    centered = x - x.mean(axis, keepdim=True)
-    deviation = (centered.square().mean(axis, keepdim=True) + 1e-5).sqrt()
+def batch_norm(x: Tensor, weights: Weights, name: str) -> Tensor:
+    centered = x - x.mean(0, keepdim=True)
+    deviation = (centered.square().mean(0, keepdim=True) + 1e-5).sqrt()
     return centered / deviation * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def layer_norm(x: Tensor, weights: Weights, name: str) -> Tensor:
-    return scaled(x, weights, name, axis=-1)
-
-
-def gelu(x: Tensor) -> Tensor:
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def unit(x: Tensor) -> Tensor:
-    return x / x.square().sum(-1, keepdim=True).sqrt()
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -79,7 +63,7 @@ def sharelock(x: Tensor, _mask: Tensor, weights: Weights) -> Tensor:
     """Four linear layers, the first three with batch norm and ReLU."""
     for layer in (0, 4, 8):
         x = linear(x, weights, f"body.{layer}")
-        x = scaled(x, weights, f"body.{layer + 1}", axis=0).clamp_min(0)
+        x = batch_norm(x, weights, f"body.{layer + 1}").clamp_min(0)
     return linear(x, weights, "body.12")
 
 

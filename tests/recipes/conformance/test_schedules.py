@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from formulas import lilt_rates
+from recipes import pairs_of
 from small_heads import small_pairs, small_recipe
 
 from apecache.recipes.recipe import load_recipe
-from apecache.train.batches import FeaturePairs, batches
+from apecache.train.batches import batches
 from apecache.train.fit import HeadFit, StepCount
 from apecache.train.loop import set_rates
 from apecache.train.model import build_model
@@ -18,16 +20,6 @@ COCO_PAIRS = 591_753
 COCO_IMAGES = 118_287
 
 
-def pairs_of(n_images: int, n_texts: int) -> FeaturePairs:
-    """Rows as features: so many images, their captions spread evenly."""
-    first_text = torch.linspace(0, n_texts, n_images + 1).long()
-    return FeaturePairs(
-        image=torch.arange(n_images).unsqueeze(1),
-        text=torch.arange(n_texts).unsqueeze(1),
-        first_text=first_text,
-    )
-
-
 def rates(name: str, plan: StepCount) -> list[float]:
     recipe = load_recipe(name)
     return [
@@ -35,27 +27,6 @@ def rates(name: str, plan: StepCount) -> list[float]:
         * learning_rate_factor(step, plan.n_steps, recipe.schedule, plan.per_epoch)
         for step in range(plan.n_steps)
     ]
-
-
-def lilt_rates(per_epoch: int) -> list[float]:
-    """The published loop: a scheduler is stepped after iterations 0, 100, …, 1,000 of the first
-    epoch with 0, 1, …, 10, and before every later epoch e with 10 + e."""
-
-    def scheduled(t: int) -> float:
-        if t < 10:
-            return 1e-5 + t * (1e-4 - 1e-5) / 10
-        return 1e-5 + 0.5 * (1e-4 - 1e-5) * (1 + math.cos(math.pi * (t - 10) / 15))
-
-    rate = 1e-5
-    found = []
-    for epoch in range(15):
-        if epoch:
-            rate = scheduled(epoch + 10)
-        for iteration in range(per_epoch):
-            found.append(rate)
-            if epoch == 0 and iteration % 100 == 0 and iteration <= 1000:
-                rate = scheduled(iteration // 100)
-    return found
 
 
 @pytest.mark.parametrize("name", ["lilt-a", "lilt-i", "lilt-p", "lilt-projection", "deep-adapter"])
@@ -133,13 +104,6 @@ def test_heads_take_so_many_steps_at_these_rates(row: str) -> None:
         set_rates(training, steps)
         for group in training.optimizer.param_groups:
             assert group["lr"] == pytest.approx(expected, rel=1e-9)
-
-
-def test_freezing_warms_up_for_500_of_3125_steps_and_falls_to_nothing() -> None:
-    steps = StepCount.of(load_recipe("freeze/Vuf-Tuu"), pairs_of(12_800_000, 12_800_000))
-    plan = Plan(n_steps=3_125, n_warmup=500, lr=5e-4)
-    assert steps.n_steps == plan.n_steps
-    assert rates("freeze/Vuf-Tuu", steps) == pytest.approx(warmed_cosine(plan), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ["lilt-c", "shared-encoder", "see-hear-read", "fusemix"])
