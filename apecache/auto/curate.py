@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apecache.arguments import AnyPath, as_path, require_spec, require_type
+from apecache.auto.fit_features import features_of_recipe, features_of_run
 from apecache.auto.near_pairs import (
     Cluster,
     NearPair,
@@ -18,12 +19,9 @@ from apecache.auto.near_pairs import (
 from apecache.auto.pair_scores import PairScores, score_pairs
 from apecache.auto.split_pairs import SplitPairs, load_pairs
 from apecache.device import resolve_device
-from apecache.errors import OptionError, RecipeError, RunError
-from apecache.evaluate.embeddings import find_features
+from apecache.errors import OptionError, RecipeError
 from apecache.fingerprint import Json
-from apecache.recipes.recipe import Recipe, load_recipe, parse_recipe
-from apecache.runs.heads import load_heads
-from apecache.runs.load import require_head_run
+from apecache.recipes.recipe import Recipe
 from apecache.storage.replace import replace_text
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
@@ -182,6 +180,7 @@ def curate(store: FeatureStore, out: AnyPath, spec: CurateSpec | None = None) ->
         RecipeError: The split does not exist or is too small, or the recipe takes tokens or trains
             within the towers.
         OptionError: A run and a recipe are both given.
+        MismatchError: The features are pooled in another way than the recipe says.
         IncompleteError, DamagedError: The store is incomplete or damaged.
     """
     require_type(store, FeatureStore, "store")
@@ -224,38 +223,32 @@ def curate(store: FeatureStore, out: AnyPath, spec: CurateSpec | None = None) ->
 
 def _open(store: FeatureStore, spec: CurateSpec) -> Examined:
     """Choose recipe, features and training split: those of the run, or of the settings."""
-    splits = SplitSpec(train=spec.train_split)
     if spec.run is not None and spec.recipe is not None:
         raise OptionError(
             "--run and --recipe are both given; the run has its own recipe: leave one out"
         )
     if spec.run is None:
-        recipe = load_recipe(spec.recipe or CLOSED_FORM)
-        image = store.array("image", spec.image_features)
-        text = store.array("text", spec.text_features)
+        opened = features_of_recipe(
+            store,
+            recipe_name=spec.recipe or CLOSED_FORM,
+            image_features=spec.image_features,
+            text_features=spec.text_features,
+        )
     else:
-        run = as_path(spec.run, "run")
-        require_head_run(run, "curate")
-        heads = load_heads(run)
-        if "recipe" not in heads.training:
-            raise RunError(f"{run} is a combination of runs; give one of the runs it is made of")
-        recipe = parse_recipe(heads.training["recipe"], str(run))
-        image = find_features(heads.image, store, "image")
-        text = find_features(heads.text, store, "text")
-        recorded = SplitSpec(**heads.training["splits"])
-        splits = recorded if spec.train_split is None else splits
-    if not recipe.trains_heads_alone:
-        raise RecipeError(f"recipe {recipe.name} trains within the towers; give one of heads")
-    if image.tokens is not None or text.tokens is not None:
+        opened = features_of_run(store, spec.run, "curate")
+    splits = SplitSpec(train=spec.train_split)
+    if opened.splits is not None and spec.train_split is None:
+        splits = opened.splits
+    if opened.image.tokens is not None or opened.text.tokens is not None:
         raise RecipeError("curate compares pooled features; choose others with --image-features")
     train, dev = choose_splits(store.pairs, splits)
     # A drawn dev split belongs to the training pairs. A named one is a split of its own.
     train_images = train | dev if splits.dev is None else train
     return Examined(
         store=store,
-        image=image,
-        text=text,
-        recipe=recipe,
+        image=opened.image,
+        text=opened.text,
+        recipe=opened.recipe,
         train_images=train_images,
     )
 

@@ -15,18 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apecache.arguments import AnyPath, as_path, require_spec, require_type
+from apecache.auto.fit_features import features_of_recipe, features_of_run
 from apecache.auto.fold_fit import fit_in_memory, select_images
 from apecache.auto.power_law import Prediction, predict
 from apecache.auto.tower_trial import Announce, TowerTrial, try_tower
 from apecache.device import resolve_device
-from apecache.errors import ApecacheError, OptionError, RecipeError, RunError, counted
+from apecache.errors import ApecacheError, OptionError, RecipeError, counted
 from apecache.evaluate.comparison import METRICS, compare_hits
-from apecache.evaluate.embeddings import find_features
 from apecache.fingerprint import Json
 from apecache.metrics.statistics import estimate_from_recalls, estimate_recall
-from apecache.recipes.recipe import Recipe, load_recipe, parse_recipe
-from apecache.runs.heads import load_heads
-from apecache.runs.load import require_head_run
+from apecache.recipes.recipe import Recipe
 from apecache.storage.replace import replace_text
 from apecache.store.joined import BETWEEN_NAMES
 from apecache.store.reader import FeatureStore
@@ -34,6 +32,7 @@ from apecache.train.batches import FeaturePairs, SplitSpec
 from apecache.train.encoder_data import FitEncoderSpec
 from apecache.train.head_data import load_splits, require_kind
 from apecache.train.model import AlignmentModel, evaluate_model
+from apecache.train.pooling import has_asked_pooling
 
 FORECAST = "forecast.json"
 LEAST_IMAGES = 40
@@ -159,6 +158,7 @@ def forecast(
         OptionError: The shares or seeds make no curve, or the trial of a text tower has no time.
         RunError: The run is not one of fit-head.
         RecipeError: There are too few images, or the recipe does not suit the features.
+        MismatchError: The features are pooled in another way than the recipe says.
     """
     require_type(store, FeatureStore, "store")
     require_spec(spec, ForecastSpec, "spec", optional=True)
@@ -230,30 +230,23 @@ def _require_curve(spec: ForecastSpec) -> None:
 def _open(store: FeatureStore, spec: ForecastSpec) -> ForecastInputs:
     """Choose recipe, features and splits: those of the run, or of the settings."""
     if spec.run is None:
-        recipe = load_recipe(spec.recipe)
-        image = store.array("image", spec.image_features)
-        text = store.array("text", spec.text_features)
-        splits = spec.splits or SplitSpec()
+        opened = features_of_recipe(
+            store,
+            recipe_name=spec.recipe,
+            image_features=spec.image_features,
+            text_features=spec.text_features,
+        )
     else:
-        run = as_path(spec.run, "run")
-        require_head_run(run, "forecast")
-        heads = load_heads(run)
-        if "recipe" not in heads.training:
-            raise RunError(f"{run} is a combination of runs; give one of the runs it is made of")
-        recipe = parse_recipe(heads.training["recipe"], str(run))
-        image = find_features(heads.image, store, "image")
-        text = find_features(heads.text, store, "text")
-        splits = spec.splits or SplitSpec(**heads.training["splits"])
-    if not recipe.trains_heads_alone:
-        raise RecipeError(f"recipe {recipe.name} trains within the towers; give one of heads")
-    require_kind(image, recipe.image, recipe.name)
-    require_kind(text, recipe.text, recipe.name)
+        opened = features_of_run(store, spec.run, "forecast")
+    recipe = opened.recipe
+    require_kind(opened.image, recipe.image, recipe.name)
+    require_kind(opened.text, recipe.text, recipe.name)
     return ForecastInputs(
         store=store,
         recipe=recipe,
-        image_name=image.name,
-        text_name=text.name,
-        splits=splits,
+        image_name=opened.image.name,
+        text_name=opened.text.name,
+        splits=spec.splits or opened.splits or SplitSpec(),
     )
 
 
@@ -356,6 +349,9 @@ def _gains(
     for array in inputs.store.arrays("image"):
         is_used = array.name in inputs.image_name.split(BETWEEN_NAMES)
         if is_used or array.tokens is not None or array.views is not None or not array.complete:
+            continue
+        # A fit would refuse them.
+        if not has_asked_pooling(array, inputs.recipe):
             continue
         joined_name = f"{inputs.image_name}{BETWEEN_NAMES}{array.name}"
         variants[f"image features {array.name} beside"] = _load(inputs, joined_name, spec)

@@ -17,8 +17,9 @@ from apecache.arguments import AnyPath, as_path, require_spec, require_type
 from apecache.cluster.pool import ActorPool, RaySpec, open_pool
 from apecache.storage.bucket import is_object_url
 from apecache.store.reader import FeatureStore
-from apecache.sweeps.halving import FitGroup, FitKey, Results, SweepData, SweepSpec, TrialBatch
-from apecache.sweeps.run import SweepReport, load_data, sweep
+from apecache.sweeps.data import SweepData
+from apecache.sweeps.halving import FitGroup, FitKey, Results, SweepSpec, TrialBatch
+from apecache.sweeps.run import SweepReport, sweep
 from apecache.sweeps.space import Space
 from apecache.sweeps.trials import Trial
 from apecache.train.fit import HeadFit
@@ -116,7 +117,11 @@ class _Populations:
         spec: SweepSpec,
     ) -> None:
         torch.set_num_threads(cpus)
-        data = load_data(FeatureStore.open(store, view), spec.fit, spec.memory_bytes)
+        data = SweepData(
+            store=FeatureStore.open(store, view),
+            fit=spec.fit,
+            memory_bytes=spec.memory_bytes,
+        )
         # Trials and progress are the driver's: this batch only trains groups.
         self.trial_batch = TrialBatch(
             out,

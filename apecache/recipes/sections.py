@@ -223,7 +223,8 @@ class DistillationSpec(Settings):
     L2-normalized. `mse`: predict the feature. `classes`: predict the teacher's distribution over
     its classes, which timm's classifier computes from the teacher's pooled features."""
     teacher: str = ""
-    """Name of image features in the store; empty: the only ones."""
+    """Name of image features in the store; empty: the only ones with the cut `cls@-1`; for
+    `classes` the only ones with the encoder's own pooling."""
     bank: int = Field(default=65536, ge=0)
     """`contrastive`: how many of the last features are kept beside those of the batch."""
     temperature: float = Field(default=0.07, gt=0)

@@ -16,6 +16,7 @@ from apecache.metrics.retrieval import chance_recalls
 from apecache.recipes.recipe import Recipe
 from apecache.runs.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from apecache.storage.replace import replace_text
+from apecache.sweeps.data import SweepData, SweepSplits
 from apecache.sweeps.population.member_generators import MemberGenerators
 from apecache.sweeps.population.population import (
     members_state,
@@ -26,7 +27,6 @@ from apecache.sweeps.population.population import (
 from apecache.sweeps.samplers import ask_optuna
 from apecache.sweeps.space import Space, Values
 from apecache.sweeps.trials import Trial, interval, log_trial, write_trials
-from apecache.train.batches import FeaturePairs
 from apecache.train.fit import HeadFit, StepCount
 from apecache.train.head_data import FitSpec
 from apecache.train.initial import initial_model
@@ -61,16 +61,6 @@ class SweepSpec:
     rungs: int = 3
     """Shares of the epochs at which `halving` compares; 3: a ninth, a third, all."""
     fit: FitSpec = field(default_factory=FitSpec)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepData:
-    """Hold the features of a sweep's splits, in memory."""
-
-    train: FeaturePairs
-    dev: FeaturePairs
-    require_kinds: Callable[[Recipe], None]
-    """Raises RecipeError if a head of the recipe does not take the kind of these features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,18 +215,24 @@ class TrialBatch:
         An interrupted sweep divides them in the same way, since its settings are fixed. So the
         first fit of a group is enough to name the group's files.
         """
-        fits_to_train = [members[trial.number, seed_position] for trial, seed_position in fits]
-        positions_of_groups = split_members(
-            fits_to_train,
-            plans=[StepCount.of(member.recipe, self.data.train) for member in fits_to_train],
-            train=self.data.train,
-            most=self.spec.population,
-            max_bytes=self.spec.memory_bytes,
-        )
+        fits_of_splits: dict[SweepSplits, list[tuple[TrialPlan, int]]] = {}
+        for trial, seed_position in fits:
+            splits = self.data.splits(trial.recipe)
+            fits_of_splits.setdefault(splits, []).append((trial, seed_position))
         groups = []
-        for positions in positions_of_groups:
-            group_fits = [fits[position] for position in positions]
-            groups.append(FitGroup.of(group_fits, rung, divisor))
+        # Heads that train together read the same features.
+        for splits, alike in fits_of_splits.items():
+            fits_to_train = [members[trial.number, seed_position] for trial, seed_position in alike]
+            positions_of_groups = split_members(
+                fits_to_train,
+                plans=[StepCount.of(member.recipe, splits.train) for member in fits_to_train],
+                train=splits.train,
+                most=self.spec.population,
+                max_bytes=self.spec.memory_bytes,
+            )
+            for positions in positions_of_groups:
+                group_fits = [alike[position] for position in positions]
+                groups.append(FitGroup.of(group_fits, rung, divisor))
         return groups
 
     def train_groups(
@@ -287,14 +283,15 @@ class TrialBatch:
             return None
         try:
             self.data.require_kinds(trial.recipe)
+            splits = self.data.splits(trial.recipe)
             model, _ = initial_model(
                 trial.recipe,
-                train=self.data.train,
-                dev=self.data.dev,
+                train=splits.train,
+                dev=splits.dev,
                 seed=fit_seed,
             )
             member = HeadFit(model, trial.recipe, fit_seed)
-            if member.optimizer is None and StepCount.of(trial.recipe, self.data.train).n_steps:
+            if member.optimizer is None and StepCount.of(trial.recipe, splits.train).n_steps:
                 raise RecipeError(f"recipe {trial.recipe.name}: nothing would be trained")
         except RecipeError as error:
             self.results[key] = FitResult(recall=-math.inf, epochs=0, error=str(error))
@@ -304,9 +301,10 @@ class TrialBatch:
     def _train(self, group: FitGroup, members: Sequence[HeadFit]) -> Results:
         # `fit_head` seeds torch's generators with one more than the seed of the weights.
         seeds = [self.spec.fit.seed + seed_position + 1 for _, seed_position in group.keys]
-        streams = MemberGenerators.seeded(seeds, self.data.train.place)
+        splits = self.data.splits(members[0].recipe)
+        streams = MemberGenerators.seeded(seeds, splits.train.place)
         population_folder = self._population_folder(group)
-        plan = StepCount.of(members[0].recipe, self.data.train)
+        plan = StepCount.of(members[0].recipe, splits.train)
         # An interrupted population resumes, a later rung begins where the last one ended, and the
         # first rung begins with new weights.
         if (population_folder / CHECKPOINT).is_file():
@@ -331,8 +329,8 @@ class TrialBatch:
         failures = train_together(
             members,
             streams=streams,
-            train=self.data.train,
-            dev=self.data.dev,
+            train=splits.train,
+            dev=splits.dev,
             plan=plan,
             n_epochs=n_epochs,
             save=save,
@@ -433,7 +431,7 @@ class TrialBatch:
         """Add the epochs, recalls, interval and chance of a trial's fits."""
         recalls = self._recalls(planned)
         epochs = max(self.results[key].epochs for key in self._keys(planned))
-        dev = self.data.dev
+        dev = self.data.splits(planned.recipe).dev
         to_text, to_image = chance_recalls(dev.image_of_text, len(dev), relevance=dev.relevance)
         chance = fmean([*to_text.values(), *to_image.values()])
         return replace(

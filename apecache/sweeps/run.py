@@ -10,27 +10,26 @@ training has a checkpoint.
 import json
 import logging
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from apecache.arguments import AnyPath, as_path, require_spec, require_type
-from apecache.device import resolve_device
-from apecache.errors import MismatchError, OptionError, RunError, counted
+from apecache.errors import MismatchError, OptionError, RecipeError, RunError, counted
 from apecache.fingerprint import Fingerprint
 from apecache.recipes.recipe import Recipe
 from apecache.runs.folder import RECIPE, locked
 from apecache.runs.heads import DESCRIPTION
 from apecache.storage.replace import replace_text, scratch_of
 from apecache.store.reader import FeatureStore
-from apecache.sweeps.halving import WAVE, SweepData, SweepSpec, TrialBatch, plan_trials
-from apecache.sweeps.population.population import STANDARDIZED_BYTES
-from apecache.sweeps.space import Space
+from apecache.sweeps.data import SweepData
+from apecache.sweeps.halving import WAVE, SweepSpec, TrialBatch, plan_trials
+from apecache.sweeps.space import Space, Values
 from apecache.sweeps.trials import Trial, ranked, read_trials
 from apecache.train.fit_head import fit_head
-from apecache.train.head_data import FitSpec, load_splits, require_kind
+from apecache.train.head_data import FitSpec
 from apecache.train.keep_list import digest_keep_list
-from apecache.train.pooling import require_pooling
 
 __all__ = ["SweepReport", "SweepSpec", "Trial", "read_trials", "sweep"]
 
@@ -74,7 +73,8 @@ def sweep(
 
     Raises:
         OptionError: A count in the settings is below 1.
-        MismatchError: `out` holds another sweep.
+        MismatchError: `out` holds another sweep, or the features are pooled in another way than a
+            recipe says.
         RunError: `out` holds something else, or no trial succeeded.
         RecipeError: A trial failed, and `spec` has no `keep_going`.
         ApecacheError: Any other error of `fit_head`.
@@ -126,12 +126,15 @@ def run_trials(
     require_type(space, Space, "space")
     if min(spec.n_trials, spec.seeds, spec.population, spec.rungs) < 1:
         raise OptionError("n_trials, seeds, population and rungs must be at least 1")
-    data = load_data(store, spec.fit, spec.memory_bytes)
+    points = list(space.grid())[: spec.n_trials] if spec.sampler == "grid" else None
+    total = len(points) if points is not None else spec.n_trials
+    data = SweepData(store=store, fit=spec.fit, memory_bytes=spec.memory_bytes)
+    # Before the folder is claimed: after an error the same folder takes other settings.
+    for recipe in _first_recipes(space, spec, points):
+        data.splits(recipe)
     with locked(out):
         _require_same(out, _identity(store, space, spec))
         trials = read_trials(out)
-        points = list(space.grid())[: spec.n_trials] if spec.sampler == "grid" else None
-        total = len(points) if points is not None else spec.n_trials
         logger.info("sweep in %s: %d trials, %d of them done", out, total, len(trials))
         # Optuna learns from finished trials: its batches are as small as the populations allow.
         size = WAVE if spec.sampler != "tpe" else max(1, spec.population // spec.seeds)
@@ -151,33 +154,26 @@ def run_trials(
     return tuple(order)
 
 
-def load_data(store: FeatureStore, fit: FitSpec, memory_bytes: int) -> SweepData:
-    """Load the features of the train and dev splits. Raises as `fit_head` does.
+def _first_recipes(
+    space: Space,
+    spec: SweepSpec,
+    points: list[Values] | None,
+) -> Iterator[Recipe]:
+    """Yield recipes that the first trials may have, without those that fail as trials.
 
     Args:
-        store: Store of the features.
-        fit: Settings of the fits.
-        memory_bytes: The memory that heads which train together may take.
+        space: The space to choose from.
+        spec: Settings of the sweep.
+        points: All points of a grid; None for the other samplers.
     """
-    image = store.array("image", fit.image_features)
-    text = store.array("text", fit.text_features)
-    train, dev = load_splits(
-        store,
-        image=image,
-        text=text,
-        spec=fit.splits,
-        device=resolve_device(fit.device),
-        reserved_bytes=memory_bytes + STANDARDIZED_BYTES,
-        keep=fit.keep,
-    )
-
-    def require_kinds(recipe: Recipe) -> None:
-        require_pooling(image, recipe)
-        require_pooling(text, recipe)
-        require_kind(image, recipe.image, recipe.name)
-        require_kind(text, recipe.text, recipe.name)
-
-    return SweepData(train=train, dev=dev, require_kinds=require_kinds)
+    if points is None:
+        # Optuna chooses other points of the same space.
+        points = [space.draw(spec.seed, number) for number in range(min(spec.n_trials, WAVE))]
+    for values in points[:WAVE]:
+        with suppress(RecipeError):
+            recipe = space.recipe(values)
+            if recipe.trains_heads_alone:
+                yield recipe
 
 
 def _identity(store: FeatureStore, space: Space, spec: SweepSpec) -> Fingerprint:

@@ -41,7 +41,7 @@ from apecache.train.live import (
     TokenInputs,
 )
 from apecache.train.paired_rows import Features, select_pairs
-from apecache.train.pooling import cached_array
+from apecache.train.pooling import cached_array, teacher_array
 
 CACHED_SHARE = 0.25
 """Share of the free device memory that cached features may take. Towers, their gradients and
@@ -294,25 +294,14 @@ def open_teacher(store: FeatureStore, recipe: Recipe, device: torch.device) -> T
     """Open the features of the recipe's teacher; None for a recipe without a teacher.
 
     Raises:
-        RecipeError: The store has no such features, or they are not pooled features of one view.
+        RecipeError, MismatchError: As `teacher_array`; or the features are not pooled ones of one
+            view.
         EncoderError: The teacher's classifier cannot be loaded.
     """
     spec = recipe.distillation
     if spec is None:
         return None
-    feature_names = [array.record.name for array in store.arrays("image")]
-    if (spec.teacher or len(feature_names) != 1) and spec.teacher not in feature_names:
-        available = f"{store.path} has the image features {', '.join(feature_names) or 'none'}"
-        requested = (
-            f"but not the teacher {spec.teacher!r}"
-            if spec.teacher
-            else "and distillation.teacher names none"
-        )
-        raise RecipeError(
-            f"recipe {recipe.name}: {available}, {requested}; set distillation.teacher, or add it "
-            "with: apecache extract --add --image ENCODER --image-cut cls@-1"
-        )
-    array = store.array("image", spec.teacher or None)
+    array = teacher_array(store, spec, recipe.name)
     if array.tokens is not None or array.views is not None:
         raise RecipeError(
             f"image features {array.name} are no pooled features of one view, which a teacher's are"

@@ -410,11 +410,6 @@ def test_broken_off_it_goes_on_to_the_same_bits_bank_included(data: Any, tmp_pat
             RecipeError,
             "features tiny-vit, tiny-vit-cls-layer-1, but not the teacher 'dino'",
         ),
-        (
-            [],
-            RecipeError,
-            "distillation.teacher names none; set distillation.teacher, or add",
-        ),
         ([TEACHER, "distillation.kind=classes"], EncoderError, "their own pooling only"),
     ],
 )

@@ -116,7 +116,7 @@ def lint_run(
     )
     model = _model(heads, recipe)
     return [
-        *_lint_pooling((image, text), recipe),
+        *_lint_pooling(store, arrays=(image, text), recipe=recipe),
         *lint_fit(
             store,
             arrays=(image, text),
@@ -130,11 +130,15 @@ def lint_run(
     ]
 
 
-def _lint_pooling(arrays: Sequence[FeatureArray], recipe: Recipe) -> Iterator[Finding]:
+def _lint_pooling(
+    store: FeatureStore,
+    arrays: Sequence[FeatureArray],
+    recipe: Recipe,
+) -> Iterator[Finding]:
     """Check that a run read features of the pooling that its recipe asks for."""
     for array in arrays:
         try:
-            require_pooling(array, recipe)
+            require_pooling(store, array, recipe)
         except MismatchError as error:
             yield Finding(check="pooling", level="error", message=str(error))
 
