@@ -50,9 +50,9 @@ class Outcome:
     captions. `shifts`: correlations of LAW metrics. `costs`: counted metrics, and `seconds` and
     `peak` (bytes) as measured. `chance`: of the metrics that were measured, in per cent. `seconds`:
     of all, extraction for the first job included; `cpu_seconds`: the same of this process's CPU
-    time, on all its threads. `loss`: mean of the last epoch, of
-    the contrastive term alone, among `candidates`; `samples`: pairs that the training went through, of which the law itself gives
-    the arm `law_share`; `augmentation`: of the recipe."""
+    time, on all its threads. `loss`: mean of the last epoch, of the contrastive term alone, among
+    `candidates`; `samples`: pairs that the training went through, of which the law itself gives the
+    arm `law_share`; `augmentation`: of the recipe."""
 
     digest: str
     about: dict[str, Json]

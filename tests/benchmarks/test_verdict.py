@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from apecache.fingerprint import Json
 from benchmarks.laws.law import Claim
 from benchmarks.laws.outcome import Outcome, Ranks, load_outcome, save_outcome
 from benchmarks.laws.simulate import simulate
@@ -179,7 +180,7 @@ HEADS = outcomes(0.6, 1)[0]
         (learnt(0.5, 2.0, augmentation="crops"), HEADS, "augmented in different ways"),
         (learnt(0.5, 2.0, samples=4800), HEADS, "the arms saw 4,800 to 9,600 samples"),
         (learnt(0.5, 2.0, samples=4800, law_share=0.5), HEADS, ""),
-        (learnt(0.5, 2.0), None, "what heads alone reach was not measured"),
+        (learnt(0.5, 2.0), None, r"what heads alone reach was not measured \(tr\)"),
         (learnt(0.2, 2.0), outcomes(0.99, 1)[0], "the best arm reaches"),
     ],
 )
@@ -196,6 +197,70 @@ def test_a_comparison_is_testable_only_where_arms_learnt_alike_and_enough(
     assert (judged.verdict == "not testable") is bool(why)
     # What was measured is reported all the same.
     assert judged.difference is not None
+
+
+def test_arms_that_are_older_than_recorded_losses_are_not_testable() -> None:
+    """Neither their samples nor their losses are known, but their recipe has steps."""
+    about: dict[str, Json] = {"recipe": {"schedule": {"epochs": 0, "steps": 80}}}
+    old = learnt(0.5, None, samples=0, about=about)
+    closed = learnt(0.5, None, samples=0, about={"recipe": {"schedule": {"epochs": 0, "steps": 0}}})
+    assert why_not_testable(claim(), {"a": old}, HEADS) == "the loss of a was not recorded"
+    assert not why_not_testable(claim(), {"a": closed}, HEADS)
+
+
+def test_how_far_norms_moved_is_testable_only_where_the_arm_learnt() -> None:
+    given = claim(weights={"a": 1.0}, metric="image-shift-rises", smallest=0.2)
+    assert not why_not_testable(given, {"a": learnt(0.5, 2.0)}, None)
+    assert (
+        why_not_testable(given, {"a": learnt(0.5, None)}, None) == "the loss of a was not recorded"
+    )
+    assert "a has hardly learnt" in why_not_testable(given, {"a": learnt(0.5, 4.0)}, None)
+    both = claim(metric="image-shift-rises", smallest=0.2)
+    arms = {"a": learnt(0.5, 2.0), "b": learnt(0.5, 2.0, augmentation="crops")}
+    assert "augmented in different ways" in why_not_testable(both, arms, None)
+    fewer = {"a": learnt(0.5, 2.0), "b": learnt(0.5, 2.0, samples=4800)}
+    assert "the arms saw 4,800 to 9,600 samples" in why_not_testable(both, fewer, None)
+
+
+@pytest.mark.parametrize("metric", ["top1", "unseen"])
+def test_accuracies_and_other_languages_are_compared_with_heads_alone_too(metric: str) -> None:
+    given = claim(metric=metric)
+    arms = {
+        "a": [elsewhere(one) for one in learnt(0.4, 2.0)],
+        "b": [elsewhere(one) for one in learnt(0.2, 2.0)],
+    }
+    assert not why_not_testable(given, arms, elsewhere(HEADS))
+    # Measured on recall, but not on this metric.
+    said = f"what heads alone reach was not measured ({metric})"
+    assert why_not_testable(given, arms, HEADS) == said
+    assert why_not_testable(given, arms, None) == said
+    strong = elsewhere(outcomes(0.99, 1)[0])
+    assert "the best arm reaches" in why_not_testable(given, arms, strong)
+
+
+def elsewhere(outcome: Outcome) -> Outcome:
+    """The same ranks among labels and in another language."""
+    ranks = outcome.retrieval
+    assert ranks is not None
+    chance = {**outcome.chance, "top1": 1.0, "unseen": 1.0}
+    return replace(outcome, labels=ranks, languages={"de": ranks}, chance=chance)
+
+
+def test_an_arm_that_is_said_to_be_small_must_train_less_than_the_others() -> None:
+    given = claim(smaller=("a",))
+    arms = {"a": learnt(0.5, 2.0), "b": learnt(0.3, 2.0)}
+    sizes = {"a": 5.6e6, "b": 4.5e6}
+    large = {
+        arm: [replace(one, costs={"trained": sizes[arm]}) for one in found]
+        for arm, found in arms.items()
+    }
+    why = "the small arm, a, trains 5.6 M parameters and b 4.5 M"
+    assert why_not_testable(given, large, HEADS) == why
+    assert not why_not_testable(given, {"a": large["b"], "b": large["a"]}, HEADS)
+    assert why_not_testable(given, {"a": large["a"], "b": large["a"]}, HEADS)
+    assert not why_not_testable(claim(), large, HEADS)
+    unknown = {**large, "a": [replace(one, costs={}) for one in large["a"]]}
+    assert "was not counted" in why_not_testable(given, unknown, HEADS)
 
 
 def test_arms_that_train_a_temperature_alone_have_no_loss_to_lower() -> None:
