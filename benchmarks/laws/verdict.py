@@ -18,6 +18,7 @@ answered otherwise. With one seed the interval speaks of the images alone.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import fmean, variance
 from typing import Literal, get_args
 
@@ -236,37 +237,34 @@ def _replicates(
 ) -> tuple[NDArray[np.float64] | None, int]:
     """The mean difference over seeds in each resample of the images, and how many images there
     are."""
-    parts = {
-        arm: [one.parts(claim.metric) for one in _seeds(outcomes[arm], n_seeds)]
-        for arm in claim.weights
-    }
-    keys = sorted(
-        {key for seeds in parts.values() for own in seeds for part in own for key in part.keys}
-    )
+    parts = list[Part]()
+    weights = list[float]()
+    for arm, weight in claim.weights.items():
+        own = [part for one in _seeds(outcomes[arm], n_seeds) for part in one.parts(claim.metric)]
+        parts += own
+        weights += [weight / len(own) for _ in own]
+    known = {part.keys for part in parts}
+    keys = sorted(set[str]().union(*known))
     if not keys:
         return None, 0
+    places = {key: place for place, key in enumerate(keys)}
+    rows = {part_keys: [places[key] for key in part_keys] for part_keys in known}
+    hits = np.zeros((len(keys), len(parts)))
+    counts = np.zeros((len(keys), len(parts)))
+    for column, part in enumerate(parts):
+        hits[rows[part.keys], column] = part.hits
+        counts[rows[part.keys], column] = part.counts
+    draws = _draws(len(keys), resamples)
+    shares = 100 * (draws @ hits) / np.maximum(draws @ counts, 1)
+    return shares @ np.array(weights), len(keys)
+
+
+@lru_cache(maxsize=4)
+def _draws(n_images: int, resamples: int) -> NDArray[np.float64]:
+    """How often each image is in each resample, [resamples, images]."""
     draws = np.random.default_rng(0).multinomial(
-        len(keys),
-        np.full(len(keys), 1 / len(keys)),
+        n_images,
+        np.full(n_images, 1 / n_images),
         resamples,
     )
-    places = {key: place for place, key in enumerate(keys)}
-    total = np.zeros(resamples)
-    for arm, weight in claim.weights.items():
-        shares = [
-            _resampled(part, draws.astype(np.float64), places) for own in parts[arm] for part in own
-        ]
-        total += weight * np.mean(shares, axis=0)
-    return total, len(keys)
-
-
-def _resampled(
-    part: Part,
-    draws: NDArray[np.float64],
-    places: Mapping[str, int],
-) -> NDArray[np.float64]:
-    columns = [places[key] for key in part.keys]
-    shares: NDArray[np.float64] = (
-        100 * (draws[:, columns] @ part.hits) / np.maximum(draws[:, columns] @ part.counts, 1)
-    )
-    return shares
+    return draws.astype(np.float64)

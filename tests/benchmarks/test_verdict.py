@@ -9,7 +9,7 @@ import pytest
 from apecache.fingerprint import Json
 from benchmarks.laws.law import Claim
 from benchmarks.laws.outcome import Outcome, Ranks, load_outcome, save_outcome
-from benchmarks.laws.simulate import simulate
+from benchmarks.laws.simulate import KINDS, effects_of, goals_of, simulate
 from benchmarks.laws.testable import why_not_testable
 from benchmarks.laws.verdict import detectable, judge
 
@@ -288,6 +288,64 @@ def test_the_simulated_rule_is_rarely_wrong_where_the_truth_is_known() -> None:
     assert row["held"] >= 80
     assert row["broken"] == 0
     assert simulate(3.0, effect=0.2, trials=10)["broken"] <= 10
+
+
+def test_the_simulated_truth_is_that_of_each_kind_of_claim() -> None:
+    """What counts is a tenth of the best arm's level, and of an equality both sides of it differ."""
+    order, published, _, equality, _ = KINDS
+    assert order.counting_effect(9.0) == pytest.approx(1 / 9)
+    assert order.counting_effect(50.0) == pytest.approx(2.0 / 50)
+    assert published.counting_effect(9.0) == pytest.approx(0.0451 / 0.9549, rel=1e-3)
+    for kind, effect, right, false in (
+        (order, -0.2, "broken", ("held",)),
+        (order, 0.0, "broken", ("held",)),
+        (order, 0.05, None, ()),
+        (published, 0.05, "held", ("broken",)),
+        (order, 1 / 9, "held", ("broken",)),
+        (equality, 0.0, "held", ("broken",)),
+        (equality, 0.05, "held", ("broken",)),
+        (equality, 1 / 9, None, ("held", "broken")),
+        (equality, -0.2, "broken", ("held",)),
+        (equality, 0.5, "broken", ("held",)),
+    ):
+        assert kind.right(9.0, effect) == right, (kind.name, effect)
+        assert kind.false(9.0, effect) == false, (kind.name, effect)
+
+
+def test_the_simulation_covers_each_kind_of_claim_and_its_gate() -> None:
+    rows = {kind.name: simulate(30.0, effect=0.5, trials=12, kind=kind) for kind in KINDS}
+    gate = rows.pop("order at the gate")
+    assert 0 < gate["not testable"] < 100
+    assert {row["not testable"] for row in rows.values()} == {0.0}
+    assert {name: row["right"] for name, row in rows.items()} == {
+        "order": "held",
+        "order, published": "held",
+        "equality": "broken",
+        "difference of differences": "held",
+    }
+    assert rows["order"]["held"] >= 80
+    assert rows["order"]["missed"] == 100 - rows["order"]["held"]
+    assert rows["equality"]["broken"] >= 80
+    # The variance of four arms is twice that of two.
+    assert rows["difference of differences"]["held"] <= rows["order"]["held"]
+
+
+def test_the_goals_of_the_simulation_are_of_each_kind_and_of_a_named_effect() -> None:
+    rows = [
+        simulate(level, effect=effect, trials=2, kind=kind)
+        for kind in KINDS
+        for level in (1.0, 10.0)
+        for effect in effects_of(kind, level)
+    ]
+    for row in rows:
+        if row["claim"] == "equality":
+            row |= {"false held": 7.5 if row["false held"] != "" else "", "missed": 12.5}
+    goals = {goal.name: goal for goal in goals_of(rows)}
+    assert len(goals) == 3 * len(KINDS) + 1
+    false_held = goals["equality: false `held`, per cent, at the worst level"]
+    assert (false_held.value, false_held.met) == (7.5, False)
+    power = "effects of +50 % at 10 points above chance that are missed, per cent"
+    assert goals[f"equality: {power}"].value == 12.5
 
 
 def test_arms_that_reach_little_do_not_break_an_order_by_being_close() -> None:
