@@ -249,14 +249,23 @@ def _replicates(
         return None, 0
     places = {key: place for place, key in enumerate(keys)}
     rows = {part_keys: [places[key] for key in part_keys] for part_keys in known}
-    hits = np.zeros((len(keys), len(parts)))
-    counts = np.zeros((len(keys), len(parts)))
-    for column, part in enumerate(parts):
-        hits[rows[part.keys], column] = part.hits
-        counts[rows[part.keys], column] = part.counts
-    draws = _draws(len(keys), resamples)
-    shares = 100 * (draws @ hits) / np.maximum(draws @ counts, 1)
-    return shares @ np.array(weights), len(keys)
+    # Arms that answer the same queries have the same divisor in every resample, so that their hits
+    # can be added up before.
+    hits_of = dict[bytes, NDArray[np.float64]]()
+    counts_of = dict[bytes, NDArray[np.float64]]()
+    for part, weight in zip(parts, weights, strict=True):
+        counts = np.zeros(len(keys))
+        counts[rows[part.keys]] = part.counts
+        queries = counts.tobytes()
+        counts_of[queries] = counts
+        hits = hits_of.setdefault(queries, np.zeros(len(keys)))
+        hits[rows[part.keys]] += weight * part.hits
+    # In one product, because reading the draws takes longer than what is computed from them.
+    sums = _draws(len(keys), resamples) @ np.column_stack(
+        [*hits_of.values(), *counts_of.values()],
+    )
+    hit_sums, count_sums = np.hsplit(sums, 2)
+    return 100 * (hit_sums / np.maximum(count_sums, 1)).sum(1), len(keys)
 
 
 @lru_cache(maxsize=4)
