@@ -217,7 +217,7 @@ def simulate(level: float, effect: float, trials: int, kind: Kind = KINDS[0]) ->
         "covered": round(100 * fmean(covered), 1) if covered else "",
         "trials": trials,
     }
-    if kind is KINDS[0]:
+    if kind == KINDS[0]:
         row |= {
             "former held": _percent(former, "held"),
             "former broken": _percent(former, "broken"),
