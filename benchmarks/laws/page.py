@@ -21,7 +21,9 @@ HOW = (
     "the variance over "
     "seeds (Student) and that over images (bootstrap, each image with its captions; candidates "
     "stay); with one seed it "
-    "speaks of the images alone.",
+    "speaks of the images alone. Three seeds are few: where their spread is most of the variance, an "
+    "interval holds the truth in about 92 of 100 cases rather than 95, and one of its ends is wrong "
+    "in at most 5 (`benchmarks/results/laws-simulation.json`).",
     "A comparison is testable only if every arm that trains weights lowered its loss below 0.8 of "
     "ln(candidates), all arms saw the same augmentation and as many samples as the law gives them, "
     "and the best arm reaches, above chance, half of what heads alone (a closed form) reach on the "

@@ -325,6 +325,9 @@ def test_the_simulation_covers_each_kind_of_claim_and_its_gate() -> None:
     }
     assert rows["order"]["held"] >= 80
     assert rows["order"]["missed"] == 100 - rows["order"]["held"]
+    # The former rule stands beside, also where another process made the row.
+    order = replace(KINDS[0])
+    assert simulate(30.0, effect=0.5, trials=2, kind=order)["former held"] == 100.0
     assert rows["equality"]["broken"] >= 80
     # The variance of four arms is twice that of two.
     assert rows["difference of differences"]["held"] <= rows["order"]["held"]
