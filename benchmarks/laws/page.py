@@ -22,8 +22,8 @@ HOW = (
     "seeds (Student) and that over images (bootstrap, each image with its captions; candidates "
     "stay); with one seed it "
     "speaks of the images alone. Three seeds are few: where their spread is most of the variance, an "
-    "interval holds the truth in about 92 of 100 cases rather than 95, and one of its ends is wrong "
-    "in at most 5 (`benchmarks/results/laws-simulation.json`).",
+    "interval holds the truth in about 92 of 100 cases rather than 95, and a verdict at the edge of "
+    "what counts is false in about 4 of 100 (`benchmarks/results/laws-simulation.json`).",
     "A comparison is testable only if every arm that trains weights lowered its loss below 0.8 of "
     "ln(candidates), all arms saw the same augmentation and as many samples as the law gives them, "
     "and the best arm reaches, above chance, half of what heads alone (a closed form) reach on the "
