@@ -368,5 +368,5 @@ def _train(
             require_finite(training)
             training.epoch = training.epoch + 1
             training.in_epoch = 0
-            training.losses = []
+            training.forget_losses()
     require_finite(training)

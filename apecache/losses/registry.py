@@ -4,6 +4,7 @@ A new loss has its formula in `contrastive`, its name in `spec`, and its case in
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +24,16 @@ from apecache.losses.tiled import tiled_info_nce, tiled_sigmoid_loss
 
 TILED_FROM = 2**22
 """Logits of a batch above which the tiled losses are used: 2,048 images with one caption each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTerms:
+    """Hold the loss of a batch and, where it has several terms, its contrastive one."""
+
+    total: Tensor
+    """What trains, a scalar."""
+    contrastive: Tensor | None = None
+    """The contrastive term alone, detached; None where it is the total."""
 
 
 def contrast(

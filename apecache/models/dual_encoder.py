@@ -16,7 +16,13 @@ from apecache.fingerprint import Modality
 from apecache.heads.build import build_heads
 from apecache.heads.head import EnsembleHead, Head
 from apecache.losses.contrastive import Groups, Temperature
-from apecache.losses.registry import build_temperature, contrast, structure_term, structure_weight
+from apecache.losses.registry import (
+    LossTerms,
+    build_temperature,
+    contrast,
+    structure_term,
+    structure_weight,
+)
 from apecache.losses.spec import LossSpec
 from apecache.models.adapters import insert_adapters
 from apecache.models.freezing import (
@@ -144,21 +150,32 @@ class EncoderModel(nn.Module):
             groups: as for the losses.
             step: counted from 0.
         """
+        return self.terms(image, text=text, rows=rows, groups=groups, step=step).total
+
+    def terms(
+        self,
+        image: Tensor,
+        text: Tensor,
+        rows: Sequence[int],
+        groups: Groups | None = None,
+        step: int = 0,
+    ) -> LossTerms:
+        """Compute the loss of one batch and its contrastive term. See `loss`."""
         if self.shared is not None:
-            shared_loss: Tensor = self.shared(
+            shared_terms: LossTerms = self.shared(
                 image,
                 text=text,
                 rows=rows,
                 outer=self.temperature,
                 groups=groups,
             )
-            return shared_loss
+            return shared_terms
         spec = self.objective
         dim = self.image.dim
         # Behind the embeddings stand the pooled features, where the loss takes them.
         image_embedded = image[:, :dim]
         text_embedded = text[:, :dim]
-        total = contrast(
+        contrastive = contrast(
             image_embedded,
             text=text_embedded,
             temperature=self.temperature,
@@ -166,12 +183,13 @@ class EncoderModel(nn.Module):
             spec=spec,
             widths=self._widths(),
         )
-        if spec.structure:
-            image_term = structure_term(image[:, dim:], image_embedded, spec)
-            text_term = structure_term(text[:, dim:], text_embedded, spec)
-            structure = torch.stack([image_term, text_term]).mean()
-            total = total + structure_weight(step, spec) * structure
-        return total
+        if not spec.structure:
+            return LossTerms(total=contrastive)
+        image_term = structure_term(image[:, dim:], image_embedded, spec)
+        text_term = structure_term(text[:, dim:], text_embedded, spec)
+        structure = torch.stack([image_term, text_term]).mean()
+        total = contrastive + structure_weight(step, spec) * structure
+        return LossTerms(total=total, contrastive=contrastive.detach())
 
     def _widths(self) -> Sequence[int]:
         head = getattr(self.image, "head", None)

@@ -18,7 +18,7 @@ from apecache.fingerprint import Modality
 from apecache.heads.normalization import normalize
 from apecache.losses.contrastive import Groups, Temperature
 from apecache.losses.distillation import TeacherBank, distil_classes, distil_contrastive, distil_mse
-from apecache.losses.registry import contrast
+from apecache.losses.registry import LossTerms, contrast
 from apecache.losses.spec import LossSpec
 from apecache.models.freezing import (
     FreezeDecision,
@@ -256,7 +256,7 @@ class SharedLoss(nn.Module):
         rows: Sequence[int],
         outer: Temperature,
         groups: Groups | None = None,
-    ) -> Tensor:
+    ) -> LossTerms:
         """Compute the loss of one batch.
 
         Args:
@@ -288,9 +288,9 @@ class SharedLoss(nn.Module):
         )
         contrastive = (inner_loss + outer_loss) / 2
         if self.distillation is None:
-            return contrastive
+            return LossTerms(total=contrastive)
         distilled: Tensor = self.distillation([image_output, text_output], rows, groups)
-        return contrastive + distilled
+        return LossTerms(total=contrastive + distilled, contrastive=contrastive.detach())
 
 
 def build_sides(

@@ -115,6 +115,7 @@ def history_line(
     temperature: float,
     dev: RetrievalReport,
     seconds: float,
+    contrastive: float | None = None,
 ) -> dict[str, Any]:
     """Return one line of a history, ready for JSON.
 
@@ -126,12 +127,15 @@ def history_line(
         temperature: Temperature of the evaluated model.
         dev: Retrieval on the dev split, in percent.
         seconds: Time of the epoch.
+        contrastive: Mean contrastive term of the epoch; None where it is the loss.
     """
     return {
         "epoch": epoch,
         "step": step,
         # JSON has no NaN.
         "loss": loss if math.isfinite(loss) else None,
+        # Only where the loss has further terms.
+        **({} if contrastive is None else {"contrastive": contrastive}),
         "lr": lr,
         "temperature": temperature,
         "dev": {

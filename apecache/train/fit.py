@@ -21,6 +21,7 @@ from apecache.device import (
 )
 from apecache.errors import RunError
 from apecache.fingerprint import Json
+from apecache.losses.registry import LossTerms
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.recipes.recipe import Recipe
 from apecache.runs.checkpoint import flatten_optimizer, restore_optimizer
@@ -93,6 +94,8 @@ class Fit(ABC, Generic[Model]):
         step: Steps done.
         in_epoch: Steps done in the present epoch.
         losses: Losses of these steps, as `add_loss` keeps them.
+        contrastive: Sum of the contrastive terms of these steps, a scalar on the device; None
+            where the loss has no other term.
         seconds: Time of training and evaluation, without loading.
         saved_step: Step of the last checkpoint.
         step_flops: Operations of one step; None before the first step.
@@ -113,6 +116,7 @@ class Fit(ABC, Generic[Model]):
         self.step = 0
         self.in_epoch = 0
         self.losses: list[Tensor | float] = []
+        self.contrastive: Tensor | None = None
         self.history: list[dict[str, Any]] = []
         self.best = BestEvaluation()
         self.seconds = 0.0
@@ -130,6 +134,27 @@ class Fit(ABC, Generic[Model]):
     def epoch_losses(self) -> Tensor:
         """Return the losses of the present epoch, float32 [steps], on the device."""
         return torch.stack([torch.as_tensor(loss) for loss in self.losses])
+
+    def add_terms(self, terms: LossTerms, accumulate: int) -> Tensor:
+        """Return the loss of a batch divided by `accumulate`, and add up its contrastive term.
+
+        The sum stays on the device, at one address, so that a recorded step can add to it.
+        """
+        if terms.contrastive is not None:
+            if self.contrastive is None:
+                self.contrastive = torch.zeros_like(terms.contrastive)
+            self.contrastive += terms.contrastive / accumulate
+        return terms.total / accumulate
+
+    def mean_contrastive(self) -> float | None:
+        """Return the mean contrastive term of the present epoch; None without other terms."""
+        return None if self.contrastive is None else float(self.contrastive) / len(self.losses)
+
+    def forget_losses(self) -> None:
+        """Drop the losses of an epoch, for those of the next one."""
+        self.losses = []
+        if self.contrastive is not None:
+            self.contrastive.zero_()
 
     @abstractmethod
     def evaluate(self, dev: FeaturePairs) -> RetrievalReport:
@@ -191,7 +216,10 @@ class Fit(ABC, Generic[Model]):
         if is_accelerator(self.device):
             random_states[self.device.type] = generator_states(self.device)[1]
         tensor_groups["random"] = random_states
-        tensor_groups["losses"] = {"epoch": self.epoch_losses()} if self.losses else {}
+        losses = {"epoch": self.epoch_losses()} if self.losses else {}
+        if self.contrastive is not None:
+            losses["contrastive"] = self.contrastive
+        tensor_groups["losses"] = losses
         tensors: dict[str, Tensor] = {}
         for group_name, group_tensors in tensor_groups.items():
             for name, tensor in group_tensors.items():
@@ -233,10 +261,12 @@ class Fit(ABC, Generic[Model]):
             if self.optimizer is not None:
                 restore_optimizer(self.optimizer, tensor_groups.get("optimizer", {}))
             self._restore_random(tensor_groups["random"])
-            losses = tensor_groups.get("losses", {}).get("epoch", torch.empty(0))
+            losses = tensor_groups.get("losses", {})
             self.losses = []
-            for loss in losses.unbind():
+            for loss in losses.get("epoch", torch.empty(0)).unbind():
                 self.add_loss(loss.to(self.device))
+            if "contrastive" in losses:
+                self.contrastive = losses["contrastive"].to(self.device)
             self.epoch = int(state["epoch"])
             self.step = int(state["step"])
             self.in_epoch = int(state["in_epoch"])
@@ -285,7 +315,7 @@ class HeadFit(Fit[AlignmentModel]):
             image=model.image,
             text=model.text,
         )
-        loss: Tensor = model(augmented, self.step) / accumulate
+        loss = self.add_terms(model.terms(augmented, self.step), accumulate)
         loss.backward()
         return loss.detach()
 

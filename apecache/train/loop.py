@@ -151,14 +151,22 @@ def end_epoch(
     # Once an epoch: looking at every loss would wait for the GPU in every step.
     require_finite(training)
     loss = _mean_loss(training)
+    contrastive = training.mean_contrastive()
     training.epoch = training.epoch + 1
     training.in_epoch = 0
-    training.losses = []
+    training.forget_losses()
     is_due = training.epoch % training.recipe.schedule.evaluate_every == 0
     if is_due or training.step >= plan.n_steps:
         report = _evaluate(training, dev)
         seconds = time.perf_counter() - begin
-        _record(training, report=report, loss=loss, seconds=seconds, log=log)
+        _record(
+            training,
+            report=report,
+            loss=loss,
+            contrastive=contrastive,
+            seconds=seconds,
+            log=log,
+        )
         keep_if_best(training, report.selection_score)
 
 
@@ -323,6 +331,7 @@ def _record(
     loss: float,
     seconds: float,
     log: FitProgress,
+    contrastive: float | None = None,
 ) -> None:
     """Add an evaluation to the history."""
     lr = 0.0
@@ -333,6 +342,7 @@ def _record(
         training.epoch,
         step=training.step,
         loss=loss,
+        contrastive=contrastive,
         lr=lr,
         temperature=temperature,
         dev=report,

@@ -11,7 +11,13 @@ from apecache.heads.build import build_heads
 from apecache.heads.head import EnsembleHead, Head, embed, mask_of
 from apecache.heads.tokens import masked_mean
 from apecache.losses.contrastive import Temperature
-from apecache.losses.registry import build_temperature, contrast, structure_term, structure_weight
+from apecache.losses.registry import (
+    LossTerms,
+    build_temperature,
+    contrast,
+    structure_term,
+    structure_weight,
+)
 from apecache.losses.spec import LossSpec
 from apecache.metrics.retrieval import RetrievalReport
 from apecache.metrics.selection import dev_report
@@ -44,14 +50,22 @@ class AlignmentModel(nn.Module):
             batch: Features of images and texts.
             step: Step of the fit, from 0.
         """
+        return self.terms(batch, step).total
+
+    def terms(self, batch: Batch, step: int = 0) -> LossTerms:
+        """Compute the loss of a batch and its contrastive term. See `forward`."""
         image = self.image(batch.image, batch.image_mask)
         text = self.text(batch.text, batch.text_mask)
-        return self.loss_of(batch, image=image, text=text, step=step)
+        return self._terms_of(batch, image=image, text=text, step=step)
 
     def loss_of(self, batch: Batch, image: Tensor, text: Tensor, step: int = 0) -> Tensor:
         """Compute the loss of a batch from its embeddings. See `forward`."""
+        return self._terms_of(batch, image=image, text=text, step=step).total
+
+    def _terms_of(self, batch: Batch, image: Tensor, text: Tensor, step: int) -> LossTerms:
+        """Compute the terms of a batch from its embeddings. See `terms`."""
         widths = self.image.widths if isinstance(self.image, EnsembleHead) else ()
-        total = contrast(
+        contrastive = contrast(
             image,
             text=text,
             temperature=self.temperature,
@@ -59,10 +73,11 @@ class AlignmentModel(nn.Module):
             spec=self.loss,
             widths=widths,
         )
-        if self.loss.structure:
-            weight = structure_weight(step, self.loss)
-            total = total + weight * self._structure(batch, image, text)
-        return total
+        if not self.loss.structure:
+            return LossTerms(total=contrastive)
+        weight = structure_weight(step, self.loss)
+        total = contrastive + weight * self._structure(batch, image, text)
+        return LossTerms(total=total, contrastive=contrastive.detach())
 
     def _structure(self, batch: Batch, image: Tensor, text: Tensor) -> Tensor:
         """Compute the structure term, the mean over both sides."""

@@ -81,7 +81,14 @@ class EncoderFit(Fit[EncoderModel]):
             return image, text
 
         def loss(image: Tensor, text: Tensor) -> Tensor:
-            return self.model.loss(image, text, rows.images, groups, self.step) / accumulate
+            terms = self.model.terms(
+                image,
+                text=text,
+                rows=rows.images,
+                groups=groups,
+                step=self.step,
+            )
+            return self.add_terms(terms, accumulate)
 
         with self._attention():
             return backward_in_slices(

@@ -18,7 +18,7 @@ from apecache.plan.devices import Device
 from apecache.plan.plan import Cost, ModelCosts, cost_of, count_model
 from apecache.recipes.recipe import Recipe, load_recipe, parse_recipe
 from apecache.recipes.schedule import OptimizerSpec, ScheduleSpec
-from benchmarks.laws.law import COUNTED, Arm, Claim, Law
+from benchmarks.laws.law import COUNTED, SHIFTS, Arm, Claim, Law
 from benchmarks.laws.setting import LawsSetting, Size
 from benchmarks.laws.testable import HEADS_ALONE
 
@@ -430,5 +430,5 @@ def jobs_in_turn(planned: Sequence[Planned]) -> dict[Job, set[str]]:
     # Closed forms of seconds, which all the others are compared with.
     for one in in_turn(planned):
         if one.heads is not None:
-            wanted.setdefault(one.heads, set()).add("recall")
+            wanted.setdefault(one.heads, set()).update({"recall", one.wants} - {*SHIFTS})
     return wanted

@@ -3,7 +3,8 @@ each, in `zoo/`.
 
 A comparison names its arms best first. `order` of several arms is a comparison of each with the
 next; `equal` says that two do not differ by as much as counts; `over` compares a difference with
-another one; `above` compares one arm with a number. Published figures stand beside arms or
+another one; `above` compares one arm with a number. `smaller` names arms of which the paper says
+that they train less than the others do. Published figures stand beside arms or
 comparisons, with the place that they were read at; none is made up.
 """
 
@@ -65,11 +66,13 @@ class Arm(_Section):
 
 class ComparisonSpec(_Section):
     """As the module says. `published`: figures of the arms in their order where those of the arms
-    do not serve; `place`: where they stand; `smallest`: in place of the law's."""
+    do not serve; `place`: where they stand; `smallest`: in place of the law's. Each arm of
+    `smaller` must train fewer parameters than every arm of the comparison that it does not name."""
 
     order: tuple[str, ...] = Field(min_length=1)
     equal: bool = False
     over: tuple[str, str] | None = None
+    smaller: tuple[str, ...] = ()
     above: float | None = None
     metric: Metric | None = None
     published: tuple[float, ...] = ()
@@ -87,6 +90,12 @@ class ComparisonSpec(_Section):
             raise ValueError(
                 "`published` has one figure for each arm of `order`, and none with `over`"
             )
+        if self.smaller:
+            if len(self.order) != 2:
+                raise ValueError("`smaller` is for an order of two arms")
+            named = {*self.order, *(self.over or ())}
+            if not set(self.smaller) < named:
+                raise ValueError("`smaller` names some of the arms of its comparison, not all")
         return self
 
 
@@ -128,7 +137,8 @@ class Claim(_Section):
     """One difference: the sum of the arms' values times their `weights`, minus `above`. Expected:
     at least `smallest`, or with `equal` no further from 0 than that. `published`: the difference as
     published, and `figures` what it is of, in the order of the arms. Costs are compared as what the
-    first arm saves of the second one's, in per cent."""
+    first arm saves of the second one's, in per cent. `smaller`: arms that must train fewer parameters
+    than the others."""
 
     weights: dict[str, float]
     metric: Metric
@@ -138,6 +148,7 @@ class Claim(_Section):
     figures: tuple[float, ...] = ()
     published: float | None = None
     place: str = ""
+    smaller: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -182,6 +193,7 @@ def _claim(law: Law, spec: ComparisonSpec, weights: dict[str, float]) -> Claim:
         above=spec.above or 0.0,
         figures=tuple(known[name] for name in weights) if weights.keys() <= known.keys() else (),
         place=spec.place,
+        smaller=spec.smaller,
     )
     return claim.model_copy(update={"published": _gap(claim)})
 

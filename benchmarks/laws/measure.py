@@ -256,7 +256,9 @@ def _learnt(job: Job, run: Path) -> dict[str, Any]:
     """How far the training came: what `Outcome` holds of it."""
     ledger = load_ledger(run)
     lines = read_history(run)
-    losses = [line["loss"] for line in lines if line["loss"] is not None]
+    # Of a loss with further terms, such as distillation, the contrastive one is compared with a
+    # guess.
+    losses = [line.get("contrastive", line["loss"]) for line in lines if line["loss"] is not None]
     return {
         "loss": losses[-1] if losses else None,
         "candidates": 0 if ledger is None else ledger.n_negatives + 1,

@@ -2,8 +2,8 @@
 `outcomes/`."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +50,9 @@ class Outcome:
     captions. `shifts`: correlations of LAW metrics. `costs`: counted metrics, and `seconds` and
     `peak` (bytes) as measured. `chance`: of the metrics that were measured, in per cent. `seconds`:
     of all, extraction for the first job included; `cpu_seconds`: the same of this process's CPU
-    time, on all its threads. `loss`: mean of the last epoch, among
-    `candidates`; `samples`: pairs that the training went through, of which the law itself gives
-    the arm `law_share`; `augmentation`: of the recipe."""
+    time, on all its threads. `loss`: mean of the last epoch, of the contrastive term alone, among
+    `candidates`; `samples`: pairs that the training went through, of which the law itself gives the
+    arm `law_share`; `augmentation`: of the recipe."""
 
     digest: str
     about: dict[str, Json]
@@ -130,11 +130,11 @@ def _cost_of(metric: str) -> str:
     }[metric]
 
 
-def _to_text(ranks: Ranks, ks: Sequence[int]) -> Part:
+def _to_text(ranks: Ranks, ks: tuple[int, ...]) -> Part:
     return Part(keys=ranks.keys, hits=_hits(ranks.image, ks), counts=np.ones(len(ranks.keys)))
 
 
-def _to_image(ranks: Ranks, ks: Sequence[int]) -> Part:
+def _to_image(ranks: Ranks, ks: tuple[int, ...]) -> Part:
     owners = np.array(ranks.owners)
     n = len(ranks.keys)
     hits = np.bincount(owners, _hits(ranks.text, ks), minlength=n).astype(np.float64)
@@ -145,9 +145,12 @@ def _to_image(ranks: Ranks, ks: Sequence[int]) -> Part:
     )
 
 
-def _hits(ranks: Sequence[int], ks: Sequence[int]) -> NDArray[np.float64]:
+@lru_cache(maxsize=256)
+def _hits(ranks: tuple[int, ...], ks: tuple[int, ...]) -> NDArray[np.float64]:
+    """Cached, because a judgement asks several times for the hits of the same ranks."""
     found = np.array(ranks)[:, None] < np.array(ks)
     hits: NDArray[np.float64] = found.mean(1, dtype=np.float64)
+    hits.setflags(write=False)
     return hits
 
 

@@ -14,7 +14,7 @@ from benchmarks.laws.jobs import Planned, training_flops
 from benchmarks.laws.law import COUNTED, Arm, Claim, Law, Metric
 from benchmarks.laws.outcome import Outcome
 from benchmarks.laws.setting import LawsSetting
-from benchmarks.laws.testable import why_not_testable
+from benchmarks.laws.testable import level_metric, why_not_testable
 from benchmarks.laws.verdict import Judgement, detectable, judge
 
 FOLDER = "results"
@@ -35,7 +35,7 @@ COSTS = ("trained", "total-flops", "peak-bytes", "seconds", "money")
 class Compared:
     """One comparison. `figures`: as published, of its arms in their order; `published`: their
     difference, `place` where they stand. `detectable`: stated before any run. `unit` of
-    differences."""
+    differences. `heads_alone`: what heads alone reach, None where that was not measured."""
 
     name: str
     metric: str
@@ -47,6 +47,7 @@ class Compared:
     place: str
     detectable: float | None
     judgement: Judgement
+    heads_alone: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +186,13 @@ def _compared(one: Planned, outcomes: Mapping[str, Outcome], setting: LawsSettin
         place=place,
         detectable=least,
         judgement=_judged(one, outcomes, least),
+        heads_alone=_reached(one, outcomes),
     )
+
+
+def _reached(one: Planned, outcomes: Mapping[str, Outcome]) -> float | None:
+    heads = None if one.heads is None else outcomes.get(one.heads.digest)
+    return None if heads is None else heads.value(level_metric(one.claim))
 
 
 def _judged(one: Planned, outcomes: Mapping[str, Outcome], least: float | None) -> Judgement:

@@ -4,13 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from benchmarks.laws.law import COUNTED, PER_POINT, RETRIEVAL, SHIFTS, Claim, Metric
+from benchmarks.laws.law import COUNTED, PER_POINT, SHIFTS, Claim, Metric
 from benchmarks.laws.outcome import Outcome
 
 LEFT = 0.8
 """Share of ln(candidates), the loss of a guess, below which the last epoch's loss must be."""
 OF_HEADS = 0.5
-"""Share of the recall above chance of heads alone that the best arm must reach."""
+"""Share of the value above chance of heads alone that the best arm must reach."""
 HEADS_ALONE = "cca"
 """Recipe of heads alone: a closed form, so that it depends on no schedule."""
 FEW_PARAMETERS = 2
@@ -24,16 +24,57 @@ def why_not_testable(
 ) -> str:
     """Say why the comparison cannot be decided, in one line; empty if it can.
 
-    A cost for each point of recall is one of what was learnt, so its arms must have learnt too.
+    A cost for each point of recall, and how far norms moved, are of what was learnt, so the arms
+    must have learnt too. Only what is counted needs no run.
     """
-    if claim.metric in (*COUNTED, *SHIFTS):
+    if claim.metric in COUNTED:
         return ""
-    reasons = [_unequal(outcomes), _unlearnt(outcomes), _too_low(claim, outcomes, heads_alone)]
+    trained = {arm: found[0].costs.get("trained") for arm, found in outcomes.items()}
+    reasons = [
+        why_not_smaller(claim, trained),
+        _unequal(outcomes),
+        _unlearnt(outcomes),
+        _too_low(claim, outcomes, heads_alone),
+    ]
     return "; ".join(reason for reason in reasons if reason)
 
 
+def why_not_smaller(claim: Claim, trained: Mapping[str, float | None]) -> str:
+    """Say which arm is not as small as the paper's; empty if all are.
+
+    Args:
+        claim: The claim, whose `smaller` names arms.
+        trained: Parameters that each arm trains; None where they were not counted.
+    """
+    for small in claim.smaller:
+        for other in claim.weights:
+            if other in claim.smaller:
+                continue
+            n_small = trained.get(small)
+            n_other = trained.get(other)
+            if n_small is None or n_other is None:
+                return "how many parameters its arms train was not counted"
+            if n_small >= n_other:
+                return (
+                    f"the small arm, {small}, trains {_millions(n_small)} parameters and {other} "
+                    f"{_millions(n_other)}"
+                )
+    return ""
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:.3g} M"
+
+
+def _has_steps(outcome: Outcome) -> bool:
+    """Whether its recipe trains. Outcomes that are older than the count of samples have none."""
+    recipe = outcome.about.get("recipe")
+    schedule = recipe["schedule"] if isinstance(recipe, dict) else {}
+    return bool(outcome.samples or schedule.get("epochs") or schedule.get("steps"))
+
+
 def _unequal(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
-    trained = {arm: found[0] for arm, found in outcomes.items() if found[0].samples}
+    trained = {arm: found[0] for arm, found in outcomes.items() if _has_steps(found[0])}
     if len({one.augmentation for one in trained.values()}) > 1:
         return "the arms saw images augmented in different ways"
     # What the law itself varies, a share of the steps or of the data, is divided out.
@@ -45,7 +86,8 @@ def _unequal(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
 
 def _unlearnt(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
     for arm, found in outcomes.items():
-        if not found[0].samples or found[0].costs.get("trained", math.inf) <= FEW_PARAMETERS:
+        few = found[0].costs.get("trained", math.inf) <= FEW_PARAMETERS
+        if few or not _has_steps(found[0]):
             continue
         losses = [one.loss for one in found]
         if None in losses:
@@ -65,11 +107,12 @@ def _too_low(
     outcomes: Mapping[str, Sequence[Outcome]],
     heads_alone: Outcome | None,
 ) -> str:
-    metric: Metric = "recall" if claim.metric in PER_POINT else claim.metric
-    if metric not in RETRIEVAL:
+    if claim.metric in SHIFTS:
+        # Heads alone have no norms that move.
         return ""
+    metric = level_metric(claim)
     if heads_alone is None or (reached := heads_alone.value(metric)) is None:
-        return "what heads alone reach was not measured"
+        return unmeasured(metric)
     values = [[one.value(metric) for one in found] for found in outcomes.values()]
     best = max(fmean(value for value in row if value is not None) for row in values)
     chance = heads_alone.chance.get(metric, 0.0)
@@ -79,3 +122,12 @@ def _too_low(
             f"chance is {chance:.1f}"
         )
     return ""
+
+
+def level_metric(claim: Claim) -> Metric:
+    """Return the metric on which heads alone are compared with the arms."""
+    return "recall" if claim.metric in PER_POINT else claim.metric
+
+
+def unmeasured(metric: Metric) -> str:
+    return f"what heads alone reach was not measured ({metric})"

@@ -18,6 +18,7 @@ answered otherwise. With one seed the interval speaks of the images alone.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import fmean, variance
 from typing import Literal, get_args
 
@@ -236,37 +237,43 @@ def _replicates(
 ) -> tuple[NDArray[np.float64] | None, int]:
     """The mean difference over seeds in each resample of the images, and how many images there
     are."""
-    parts = {
-        arm: [one.parts(claim.metric) for one in _seeds(outcomes[arm], n_seeds)]
-        for arm in claim.weights
-    }
-    keys = sorted(
-        {key for seeds in parts.values() for own in seeds for part in own for key in part.keys}
-    )
+    parts = list[Part]()
+    weights = list[float]()
+    for arm, weight in claim.weights.items():
+        own = [part for one in _seeds(outcomes[arm], n_seeds) for part in one.parts(claim.metric)]
+        parts += own
+        weights += [weight / len(own) for _ in own]
+    known = {part.keys for part in parts}
+    keys = sorted(set[str]().union(*known))
     if not keys:
         return None, 0
+    places = {key: place for place, key in enumerate(keys)}
+    rows = {part_keys: [places[key] for key in part_keys] for part_keys in known}
+    # Arms that answer the same queries have the same divisor in every resample, so that their hits
+    # can be added up before.
+    hits_of = dict[bytes, NDArray[np.float64]]()
+    counts_of = dict[bytes, NDArray[np.float64]]()
+    for part, weight in zip(parts, weights, strict=True):
+        counts = np.zeros(len(keys))
+        counts[rows[part.keys]] = part.counts
+        queries = counts.tobytes()
+        counts_of[queries] = counts
+        hits = hits_of.setdefault(queries, np.zeros(len(keys)))
+        hits[rows[part.keys]] += weight * part.hits
+    # In one product, because reading the draws takes longer than what is computed from them.
+    sums = _draws(len(keys), resamples) @ np.column_stack(
+        [*hits_of.values(), *counts_of.values()],
+    )
+    hit_sums, count_sums = np.hsplit(sums, 2)
+    return 100 * (hit_sums / np.maximum(count_sums, 1)).sum(1), len(keys)
+
+
+@lru_cache(maxsize=4)
+def _draws(n_images: int, resamples: int) -> NDArray[np.float64]:
+    """How often each image is in each resample, [resamples, images]."""
     draws = np.random.default_rng(0).multinomial(
-        len(keys),
-        np.full(len(keys), 1 / len(keys)),
+        n_images,
+        np.full(n_images, 1 / n_images),
         resamples,
     )
-    places = {key: place for place, key in enumerate(keys)}
-    total = np.zeros(resamples)
-    for arm, weight in claim.weights.items():
-        shares = [
-            _resampled(part, draws.astype(np.float64), places) for own in parts[arm] for part in own
-        ]
-        total += weight * np.mean(shares, axis=0)
-    return total, len(keys)
-
-
-def _resampled(
-    part: Part,
-    draws: NDArray[np.float64],
-    places: Mapping[str, int],
-) -> NDArray[np.float64]:
-    columns = [places[key] for key in part.keys]
-    shares: NDArray[np.float64] = (
-        100 * (draws[:, columns] @ part.hits) / np.maximum(draws[:, columns] @ part.counts, 1)
-    )
-    return shares
+    return draws.astype(np.float64)

@@ -38,7 +38,9 @@ def test_every_law_names_recipes_that_there_are_and_says_where_its_figures_stand
     assert law.id == name
     for arm in law.arms.values():
         settings = [re.sub("(IMAGE|TEXT)_HALF", "6", setting) for setting in arm.settings]
-        assert load_recipe(arm.recipe, settings)
+        recipe = load_recipe(arm.recipe, settings)
+        # Whether an arm has learnt is seen from the loss of a guess, ln(candidates).
+        assert recipe.loss.kind == "infonce"
     for claim in law.claims():
         assert claim.published is None or claim.place, claim.name
         if claim.published is None:
@@ -81,6 +83,12 @@ def test_an_order_compares_each_arm_with_the_next() -> None:
     assert [claim.published for claim in claims] == [2.0, None]
 
 
+def test_ape_is_said_to_be_smaller_than_lit_in_each_comparison_with_it() -> None:
+    for claim in load_law("L6").claims():
+        named = {arm for arm in claim.weights if arm.startswith("ape")}
+        assert set(claim.smaller) == named, claim.name
+
+
 def test_a_difference_of_differences_and_a_bound() -> None:
     more = '[arms.d]\nrecipe = "gated"\n[[comparisons]]\norder = ["a", "b"]\nover = ["c", "d"]\n'
     first, second = parse_law(
@@ -113,6 +121,21 @@ def test_a_cost_is_compared_by_what_is_saved() -> None:
             "one figure for each arm",
         ),
         ('order = ["a", "b", "c"]', 'order = ["a"]', "compared with `above`"),
+        (
+            'order = ["a", "b", "c"]',
+            'order = ["a", "b", "c"]\nsmaller = ["a"]',
+            "`smaller` is for an order of two",
+        ),
+        (
+            'order = ["a", "b", "c"]',
+            'order = ["a", "b"]\nsmaller = ["c"]',
+            "`smaller` names some of the arms of its comparison",
+        ),
+        (
+            'order = ["a", "b", "c"]',
+            'order = ["a", "b"]\nsmaller = ["a", "b"]',
+            "`smaller` names some of the arms of its comparison",
+        ),
         ('title = "t"', 'title = "t"\ncolor = "red"', "color"),
         ('title = "t"', "title = ", "not TOML"),
     ],

@@ -125,7 +125,8 @@ def test_results_of_a_work_folder_are_taken_beside_those_that_are_committed(
     (tmp_path / FOLDER / "L2.json").write_text(json.dumps(law), encoding="utf-8")
     (path,) = take(tmp_path, results)
     taken = json.loads(path.read_text(encoding="utf-8"))
-    assert taken["law"]["compared"] == law["compared"]
+    compared = [{"heads_alone": None, **one} for one in law["compared"]]
+    assert taken["law"]["compared"] == compared
     assert taken["law"]["cpu_hours"] == 0.25
     assert taken["former"] == committed()["former"]
     assert len(taken["earlier"]) == 1
@@ -141,3 +142,40 @@ def test_only_runs_without_losses_are_judged_again_from_their_figures() -> None:
     for compared in earlier["law"]["compared"]:
         assert NOT_RECORDED in compared["judgement"]["why"]
     assert rejudged(committed())["law"]["compared"][0]["judgement"]["verdict"] == "not testable"
+
+
+def test_norms_of_runs_without_losses_are_not_testable() -> None:
+    value = deepcopy(next(one for one in kept(RESULTS) if one["law"]["id"] == "L8"))
+    for compared in value["law"]["compared"]:
+        compared["judgement"] |= {"verdict": "held", "why": ""}
+    for compared in rejudged(value)["law"]["compared"]:
+        assert compared["judgement"]["verdict"] == "not testable"
+        assert compared["judgement"]["why"] == NOT_RECORDED
+
+
+def test_what_is_asked_since_is_asked_of_runs_with_losses_too() -> None:
+    """Accuracies that heads alone were not measured on, and a small arm that trains more."""
+    accuracy = {"name": "l > i", "metric": "top1"}
+    value = run_again(0)
+    value["law"]["compared"][0] |= accuracy
+    (first, *others) = rejudged(value)["law"]["compared"]
+    assert first["judgement"]["verdict"] == "not testable"
+    assert first["judgement"]["why"] == "what heads alone reach was not measured (top1)"
+    assert [one["judgement"] for one in others] == [
+        one["judgement"] for one in value["law"]["compared"][1:]
+    ]
+    value["law"]["compared"][0] |= {"heads_alone": 12.5}
+    assert rejudged(value)["law"]["compared"] == value["law"]["compared"]
+
+
+def test_a_small_arm_that_trains_more_than_the_other_is_judged_again() -> None:
+    value = deepcopy(next(one for one in kept(RESULTS) if one["law"]["id"] == "L6"))
+    for verdict, lit in (("not testable", 4e6), ("held", 22e6)):
+        again = deepcopy(value)
+        for arm in again["law"]["arms"]:
+            arm["costs"]["trained"] = lit if arm["name"].startswith("lit") else 5.6e6
+        for compared in again["law"]["compared"]:
+            compared["judgement"] |= {"verdict": "held", "why": ""}
+        *of_lit, noise = rejudged(again)["law"]["compared"]
+        assert {one["judgement"]["verdict"] for one in of_lit} == {verdict}
+        assert noise["judgement"]["verdict"] == "held"

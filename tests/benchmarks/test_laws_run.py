@@ -1,6 +1,7 @@
 """Laws from the command to the page, at smoke size, with tiny random encoders."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from apecache.data.sources import open_pairs
 from apecache.encoders.spec import parse_encoder
 from apecache.errors import OptionError
+from apecache.recipes.recipe import load_recipe
 from apecache.store.reader import FeatureStore
 from apecache.train.fit_encoder import fit_encoder
 from benchmarks.laws import jobs
@@ -374,6 +376,29 @@ def test_one_comparison_of_a_law_needs_its_own_runs_alone(setting: LawsSetting) 
     assert run_laws(setting, ["L1:b > a", "L1:c > b", "L4"], budget_seconds=0.0).n_left == 7
     with pytest.raises(OptionError, match="L1 has no comparison 'a > b'; did you mean"):
         run_laws(setting, ["L1:a > b"])
+
+
+def test_heads_alone_are_measured_on_what_is_compared(setting: LawsSetting) -> None:
+    given = replace(setting, labels=setting.pairs, languages=setting.pairs)
+    for name, metrics in (("L2", {"recall", "tr", "top1"}), ("L9", {"recall", "unseen"})):
+        planned = plan_laws(given, [name])[0]
+        wanted = jobs_in_turn(planned)
+        assert {job.digest for job in wanted if job.recipe.name == "cca"} == {
+            one.heads.digest for one in planned if one.heads is not None
+        }
+        assert [wanted[job] for job in wanted if job.recipe.name == "cca"] == [metrics]
+
+
+def test_the_loss_of_an_outcome_is_the_contrastive_term_alone(setting: LawsSetting) -> None:
+    """The structure term of this recipe is a thousand times as large."""
+    (planned,) = plan_laws(setting, ["L6"])
+    (ape,) = {one.jobs["ape-much"][0] for one in planned if "ape-much" in one.jobs}
+    settings = ["loss.structure=1e6", "loss.structure_warmup=0", "schedule.steps=3"]
+    job = replace(ape, recipe=load_recipe("structure", [*settings, "schedule.batch_size=8"]))
+    outcome = measuring.measure(job, Bench(setting=setting, jobs=(job,)), {"recall"})
+    assert not outcome.error
+    assert outcome.loss is not None
+    assert 0 < outcome.loss < 10 * math.log(outcome.candidates)
 
 
 def test_features_that_are_there_under_another_name_are_found(setting: LawsSetting) -> None:

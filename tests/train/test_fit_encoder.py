@@ -711,6 +711,9 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bits(
         for name in ("whole", "broken")
     ]
     assert without_time[0] == without_time[1]
+    trained = without_time[0][1:] if recipe.loss.structure else []
+    assert [line for line in without_time[0] if "contrastive" in line] == trained
+    assert all(0 < line["contrastive"] < line["loss"] for line in trained)
     assert {path.name for path in (tmp_path / "broken").iterdir()} == {
         *("recipe.json", "ledger.json", "README.md", HISTORY, WEIGHTS, DESCRIPTION)
     }

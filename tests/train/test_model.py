@@ -89,6 +89,11 @@ def test_the_structure_term_grows_and_is_the_mean_of_both_sides() -> None:
     for step, weight in ((0, 0.4), (4, 2.0), (9, 4.0), (1000, 4.0)):
         wanted = plain(batch) + weight * (terms[0] + terms[1]) / 2
         torch.testing.assert_close(model(batch, step), wanted)
+        contrastive = model.terms(batch, step).contrastive
+        assert contrastive is not None
+        assert not contrastive.requires_grad
+        torch.testing.assert_close(contrastive, plain(batch).detach())
+    assert plain.terms(batch).contrastive is None
 
 
 def test_heads_on_tokens_need_tokens() -> None:

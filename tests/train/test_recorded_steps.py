@@ -68,6 +68,15 @@ def test_replayed_steps_equal_steps_of_single_operations(settings: list[str]) ->
     assert distance(replayed, alone) < 1e-5
     assert losses(replayed) == pytest.approx(losses(alone), rel=1e-4)
     assert [line["lr"] for line in replayed.history] == [line["lr"] for line in alone.history]
+    terms = contrastive(alone)
+    assert contrastive(replayed) == pytest.approx(terms, rel=1e-4)
+    # Only where the loss has a further term; epoch 0 has no loss.
+    assert len(terms) == (4 if settings == SETTINGS["structure"] else 0)
+    assert all(term < loss for term, loss in zip(terms, losses(alone), strict=False))
+
+
+def contrastive(training: HeadFit) -> list[float]:
+    return [line["contrastive"] for line in training.history if "contrastive" in line]
 
 
 def test_steps_with_equal_images_are_taken_and_the_others_replayed() -> None:
