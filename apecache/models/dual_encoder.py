@@ -133,25 +133,6 @@ class EncoderModel(nn.Module):
         """Return what trains without weight decay, whatever its dimensions."""
         return self._undecayed
 
-    def loss(
-        self,
-        image: Tensor,
-        text: Tensor,
-        rows: Sequence[int],
-        groups: Groups | None = None,
-        step: int = 0,
-    ) -> Tensor:
-        """Compute the loss of one batch.
-
-        Args:
-            image: the image side's `outputs`, float32.
-            text: the text side's `outputs`, float32.
-            rows: of the images in the store, which a teacher needs.
-            groups: as for the losses.
-            step: counted from 0.
-        """
-        return self.terms(image, text=text, rows=rows, groups=groups, step=step).total
-
     def terms(
         self,
         image: Tensor,
@@ -160,7 +141,15 @@ class EncoderModel(nn.Module):
         groups: Groups | None = None,
         step: int = 0,
     ) -> LossTerms:
-        """Compute the loss of one batch and its contrastive term. See `loss`."""
+        """Compute the loss of one batch and its contrastive term.
+
+        Args:
+            image: the image side's `outputs`, float32.
+            text: the text side's `outputs`, float32.
+            rows: of the images in the store, which a teacher needs.
+            groups: as for the losses.
+            step: counted from 0.
+        """
         if self.shared is not None:
             shared_terms: LossTerms = self.shared(
                 image,

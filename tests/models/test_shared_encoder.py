@@ -92,7 +92,8 @@ def test_the_layers_are_shared_and_trained_blocks_end_where_they_should() -> Non
     )
     assert "image.tower.module.norm.weight" not in names
     rows = range(3)
-    model.loss(model.image.outputs(pictures(3)), model.text.outputs(*sentences()), rows).backward()
+    image, text = model.image.outputs(pictures(3)), model.text.outputs(*sentences())
+    model.terms(image, text, rows).total.backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == names
 
 

@@ -397,7 +397,8 @@ def test_activations_and_operations_are_those_of_a_real_step(name: str) -> None:
     ids, mask = sentences(2)
     rows = [0, 1]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model.loss(model.image.outputs(pictures(2)), model.text.outputs(ids, mask), rows).backward()
+        image, text = model.image.outputs(pictures(2)), model.text.outputs(ids, mask)
+        model.terms(image, text, rows).total.backward()
     towers = (partial(on_meta, small_vit), partial(on_meta, small_bert))
     spec = PlanSpec(rows=2, tokens=ids.shape[1])
     counted = plan(

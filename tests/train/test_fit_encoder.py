@@ -166,7 +166,7 @@ def test_equal_captions_are_positives_and_right_answers(
     """The two sizes of a shape have the same two captions; slices see the groups of the whole
     batch."""
     keys = data[0].pairs.keys
-    real = EncoderModel.loss
+    real = EncoderModel.terms
     joined: list[list[bool]] = []
     alike: list[list[bool]] = []
 
@@ -183,7 +183,7 @@ def test_equal_captions_are_positives_and_right_answers(
         joined.extend((groups.image.unsqueeze(1) == groups.image).tolist())
         return real(self, image=image, text=text, rows=rows, groups=groups, step=step)
 
-    monkeypatch.setattr(EncoderModel, "loss", watched)
+    monkeypatch.setattr(EncoderModel, "terms", watched)
     recipe = recipe_of("lit", "schedule.batch_size=16", "loss.captions=2", "schedule.epochs=1")
     report = fit(data, recipe, tmp_path / "run", slice_size=5)
     assert joined == alike
@@ -563,7 +563,7 @@ def test_logits_and_gradients_from_the_cache_are_those_from_the_inputs_dropout_i
                 (model.text, inputs[1], [0, 3, 10]),
             )
         )
-        model.loss(image, text, [0, 1, 5]).backward()
+        model.terms(image, text, [0, 1, 5]).total.backward()
         grads = {
             n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None
         }
