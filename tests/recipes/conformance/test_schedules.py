@@ -69,7 +69,7 @@ class Plan:
 PLANS = {
     "ape": Plan(n_steps=300, n_warmup=30, lr=1e-3),
     "freeze-align": Plan(n_steps=300, n_warmup=30, lr=5e-4),
-    "sail": Plan(n_steps=200, n_warmup=20, lr=1e-4),
+    "sail": Plan(n_steps=600, n_warmup=60, lr=1e-4),
     "sharelock": Plan(n_steps=300, n_warmup=9, lr=1e-3),
     "sharelock as published": Plan(
         settings=("schedule.steps=5000", "schedule.accumulate=16"),
