@@ -22,7 +22,7 @@ class FitFeatures:
     image: FeatureArray
     text: FeatureArray
     splits: SplitSpec | None = None
-    """Splits of the run; None: no run was given."""
+    """Splits of the run; None if a recipe was named instead of a run."""
 
 
 def features_of_recipe(
@@ -55,7 +55,7 @@ def features_of_run(store: FeatureStore, run: AnyPath, command: str) -> FitFeatu
         command: Name of the command, for messages.
 
     Raises:
-        RunError: `run` is not a finished run of fit-head, or a combination of runs.
+        RunError: `run` is unfinished, is not of fit-head, or combines several runs.
         RecipeError: Its recipe trains within the towers.
         MismatchError: The store lacks its features, or they are pooled in another way than its
             recipe says.
@@ -82,4 +82,6 @@ def features_of_run(store: FeatureStore, run: AnyPath, command: str) -> FitFeatu
 
 def _require_heads(recipe: Recipe) -> None:
     if not recipe.trains_heads_alone:
-        raise RecipeError(f"recipe {recipe.name} trains within the towers; give one of heads")
+        raise RecipeError(
+            f"recipe {recipe.name} trains within the towers, or freezes a head; give one of heads"
+        )

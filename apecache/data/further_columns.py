@@ -1,4 +1,4 @@
-"""Check the names of further columns: values of images that are neither split nor label."""
+"""Check the names of further columns: one value for each image, beside split and label."""
 
 from urllib.parse import quote
 
@@ -43,6 +43,6 @@ def require_column_names(spec: OpenSpec) -> None:
             )
         if len(quote(name, safe="")) > LONGEST_NAME:
             raise OptionError(
-                f"--column {name[:20]}…: its name is too long to be that of a folder; rename the "
-                "column in the table"
+                f"--column {name[:20]}…: its name is too long to be that of a folder in the store; "
+                "rename the column in the table"
             )

@@ -75,7 +75,9 @@ def recorded_media(
     else:
         media = _reopened(record, spec, root)
     rules = spec.pixels
-    return media if rules == DEFAULT_RULES else RuledMedia(media=media, rules=rules)
+    if rules == DEFAULT_RULES or isinstance(media, NoMedia):
+        return media
+    return RuledMedia(media=media, rules=rules)
 
 
 def recorded_column(

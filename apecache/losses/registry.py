@@ -31,7 +31,7 @@ class LossTerms:
     """Hold the loss of a batch and, where it has several terms, its contrastive one."""
 
     total: Tensor
-    """What trains, a scalar."""
+    """Loss that gradients are taken of, a scalar."""
     contrastive: Tensor | None = None
     """The contrastive term alone, detached; None where it is the total."""
 

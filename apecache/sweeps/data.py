@@ -11,6 +11,7 @@ from apecache.sweeps.population.population import STANDARDIZED_BYTES
 from apecache.train.batches import FeaturePairs
 from apecache.train.head_data import FitSpec, load_splits, require_kind
 from apecache.train.pooling import asked_pooling, cached_array
+from apecache.train.pretrained import with_own_scale
 
 Arrays = tuple[FeatureArray, FeatureArray]
 """Features of images, and of texts."""
@@ -18,7 +19,10 @@ Arrays = tuple[FeatureArray, FeatureArray]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SweepSplits:
-    """Hold the pairs of a sweep's splits, in memory. Each is equal to itself alone."""
+    """Hold the pairs of a sweep's splits, in memory.
+
+    Compared by identity, so that it can be a key.
+    """
 
     train: FeaturePairs
     dev: FeaturePairs
@@ -61,6 +65,11 @@ class SweepData:
                 ),
             )
         return self.opened[poolings]
+
+    def completed(self, recipe: Recipe) -> Recipe:
+        """Return a recipe as `fit_head` fits it; raises as `with_own_scale` does."""
+        image, text = self.arrays(recipe)
+        return with_own_scale(recipe, image.record.spec, text.record.spec)
 
     def require_kinds(self, recipe: Recipe) -> None:
         """Raise RecipeError if a head of the recipe does not take the kind of its features."""

@@ -65,7 +65,7 @@ class SweepSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialPlan:
-    """FitKey a trial before it is fitted: its number, its point of the space and its recipe."""
+    """Hold a trial before it is fitted: its number, its point of the space and its recipe."""
 
     number: int
     values: Values
@@ -258,7 +258,7 @@ class TrialBatch:
         members = []
         points = map(json.loads, group.values)
         for (number, seed_position), values in zip(group.keys, points, strict=True):
-            recipe = self.space.recipe(values)
+            recipe = self.data.completed(self.space.recipe(values))
             trial = TrialPlan(number=number, values=values, recipe=recipe)
             member = self._member(trial, seed_position)
             # The process that planned the group has built each of its fits once.
@@ -464,8 +464,12 @@ def plan_trials(
         try:
             recipe = trial_batch.space.recipe(values)
             if not recipe.trains_heads_alone:
-                raise RecipeError(f"recipe {recipe.name} trains within the towers; use fit-encoder")
-            planned.append(TrialPlan(number=number, values=values, recipe=recipe))
+                raise RecipeError(
+                    f"recipe {recipe.name} trains within the towers, or freezes a head; use "
+                    "fit-encoder"
+                )
+            completed = trial_batch.data.completed(recipe)
+            planned.append(TrialPlan(number=number, values=values, recipe=completed))
         except RecipeError as error:
             for seed_position in range(spec.seeds):
                 failure = FitResult(recall=-math.inf, epochs=0, error=str(error))

@@ -29,6 +29,7 @@ from apecache.sweeps.space import Space, Values
 from apecache.sweeps.trials import Trial, ranked, read_trials
 from apecache.train.fit_head import fit_head
 from apecache.train.head_data import FitSpec
+from apecache.train.head_inputs import open_inputs
 from apecache.train.keep_list import digest_keep_list
 
 __all__ = ["SweepReport", "SweepSpec", "Trial", "read_trials", "sweep"]
@@ -93,15 +94,12 @@ def sweep(
     best = order[0]
     logger.info("sweep in %s: the best of %d trials is %d", out, len(order), best.number)
     run = out / "best"
-    recipe = space.recipe(best.values)
-    if not _is_run_of(run, recipe):
-        # A finished run is of an earlier best trial, and is replaced; an unfinished one resumes.
-        fit_head(
-            store,
-            recipe=recipe,
-            out=run,
-            spec=replace(spec.fit, overwrite=(run / DESCRIPTION).is_file()),
-        )
+    recipe = open_inputs(store, space.recipe(best.values), spec.fit).recipe
+    recorded = _recorded_recipe(run)
+    if recorded != recipe or not (run / DESCRIPTION).is_file():
+        # A run of an earlier best trial is replaced; an unfinished one of this trial resumes.
+        is_other = recorded is not None and recorded != recipe
+        fit_head(store, recipe=recipe, out=run, spec=replace(spec.fit, overwrite=is_other))
     command = _command(store, best=best, fit=spec.fit, run=run)
     replace_text(out / COMMAND, f"{command}\n")
     return SweepReport(folder=out, run=run, best=best, command=command, trials=order)
@@ -159,7 +157,9 @@ def _first_recipes(
     spec: SweepSpec,
     points: list[Values] | None,
 ) -> Iterator[Recipe]:
-    """Yield recipes that the first trials may have, without those that fail as trials.
+    """Yield the valid recipes of the first points.
+
+    Their features are opened before the folder is claimed.
 
     Args:
         space: The space to choose from.
@@ -185,6 +185,8 @@ def _identity(store: FeatureStore, space: Space, spec: SweepSpec) -> Fingerprint
         del settings["n_trials"]
     for name in ("device", "overwrite", "save_seconds"):
         del settings["fit"][name]
+    # They change no trial, and count as not given.
+    settings["fit"] |= {"extract_report": None, "price_per_hour": None}
     # Left out where there is none: earlier sweeps had no keep list.
     keep = settings["fit"].pop("keep")
     if keep is not None:
@@ -220,12 +222,12 @@ def _require_same(out: Path, identity: Fingerprint) -> None:
         )
 
 
-def _is_run_of(run: Path, recipe: Recipe) -> bool:
-    """Return whether a folder holds a finished run of a recipe."""
-    if not (run / DESCRIPTION).is_file():
-        return False
-    text = (run / RECIPE).read_text(encoding="utf-8")
-    return Recipe.model_validate_json(text) == recipe
+def _recorded_recipe(run: Path) -> Recipe | None:
+    """Return the recipe of a run, finished or not; None if there is no run."""
+    path = run / RECIPE
+    if not path.is_file():
+        return None
+    return Recipe.model_validate_json(path.read_text(encoding="utf-8"))
 
 
 def _command(store: FeatureStore, best: Trial, fit: FitSpec, run: Path) -> str:

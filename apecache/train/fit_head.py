@@ -92,7 +92,8 @@ def fit_head(
         RunError: `out` holds a finished run, or another process fits into it.
         MismatchError: `out` holds another interrupted fit, or the features are pooled in another
             way than the recipe says.
-        IncompleteError, DamagedError: The store is incomplete or damaged.
+        StoreError: The store has no such features, or it is incomplete or damaged.
+        EncoderError: The recipe begins with an image-text model, and the features are of others.
         RecipeError: The splits or widths do not work.
         DataError: A check of `apecache lint` fails, or a loss is not finite.
     """

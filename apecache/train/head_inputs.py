@@ -22,11 +22,11 @@ from apecache.train.pretrained import with_own_scale
 
 @dataclass(frozen=True, kw_only=True)
 class HeadInputs:
-    """Hold what a fit of heads reads. Features are opened, and read by `load`."""
+    """Hold what a fit of heads reads. The features are open; `load` reads them into memory."""
 
     store: FeatureStore
     recipe: Recipe
-    """With the scale of the encoders' own model, where the recipe begins with it."""
+    """With the temperature and bias of the encoders' own model, if its `init` is `pretrained`."""
     spec: FitSpec
     image: FeatureArray
     text: FeatureArray

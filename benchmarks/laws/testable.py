@@ -92,6 +92,8 @@ def _unlearnt(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
         losses = [one.loss for one in found]
         if None in losses:
             return f"the loss of {arm} was not recorded"
+        if not found[0].candidates:
+            return f"the number of candidates of {arm} was not recorded"
         guess = math.log(found[0].candidates)
         mean_loss = fmean(loss for loss in losses if loss is not None)
         if mean_loss > LEFT * guess:
@@ -116,6 +118,8 @@ def _too_low(
     values = [[one.value(metric) for one in found] for found in outcomes.values()]
     best = max(fmean(value for value in row if value is not None) for row in values)
     chance = heads_alone.chance.get(metric, 0.0)
+    if reached <= chance:
+        return f"heads alone ({HEADS_ALONE}) reach {reached:.1f}, and chance is {chance:.1f}"
     if best - chance < OF_HEADS * (reached - chance):
         return (
             f"the best arm reaches {best:.1f}, heads alone ({HEADS_ALONE}) {reached:.1f}, "

@@ -177,6 +177,8 @@ HEADS = outcomes(0.6, 1)[0]
         (learnt(0.5, 2.0), HEADS, ""),
         (learnt(0.5, 4.0), HEADS, r"b has hardly learnt: its loss is 4.00, and ln\(64\) is 4.16"),
         (learnt(0.5, None), HEADS, "the loss of b was not recorded"),
+        (learnt(0.5, 2.0, candidates=0), HEADS, "number of candidates of b was not recorded"),
+        (learnt(0.5, 2.0), outcomes(0.0, 1)[0], r"heads alone \(cca\) reach 0.0"),
         (learnt(0.5, 2.0, augmentation="crops"), HEADS, "augmented in different ways"),
         (learnt(0.5, 2.0, samples=4800), HEADS, "the arms saw 4,800 to 9,600 samples"),
         (learnt(0.5, 2.0, samples=4800, law_share=0.5), HEADS, ""),

@@ -137,6 +137,20 @@ def test_the_scale_of_a_source_is_recorded(tmp_path: Path) -> None:
     assert source.digest != open_pairs(tmp_path / "t.csv").digest
 
 
+def test_tars_with_rules_of_pixels_that_have_moved_are_asked_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri, _ = tars(tmp_path)
+    source = open_pairs(uri, OpenSpec(max_pixels=10**6))
+    record = record_of(source)
+    os.rename(tmp_path / "tars", tmp_path / "moved")
+    assert recorded_media(record) == NoMedia()
+    with pytest.raises(OptionError, match=r"needs the images.*--source.*--root"):
+        RecordedImages(record).require()
+
+
 def test_a_record_of_an_earlier_version_has_only_a_folder(tmp_path: Path) -> None:
     write_images(tmp_path)
     assert recorded_media({"root": str(tmp_path)}).read("a.png") == image_bytes(0)

@@ -1,6 +1,7 @@
 """Sweeps on features made for the purpose: what they choose, write, refuse, and how they go on."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,37 @@ def test_heads_that_cannot_be_stacked_run_in_the_same_sweep(
     assert all(t.state == "done" and t.mean and t.mean > 20 for t in report.trials)
     recipe = json.loads((report.run / "recipe.json").read_text())
     assert Recipe.model_validate(recipe) == space.recipe(report.best.values)
+
+
+def test_a_final_fit_that_was_broken_off_gives_way_to_a_better_trial(
+    store: FeatureStore,
+    tmp_path: Path,
+) -> None:
+    space = make_space(tmp_path)
+    out = tmp_path / "out"
+    spec = SweepSpec(2, fit=CPU)
+    trials = sweep(store, space=space, out=out, spec=spec).trials
+    # A checkpoint of the other trial's fit stands where the run of the best one will be.
+    shutil.rmtree(out / "best")
+    other = space.recipe(trials[-1].values)
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_head(store, other, out / "best", replace(CPU, save_seconds=0.0), stop)
+    assert not (out / "best/head.json").is_file()
+    report = sweep(store, space=space, out=out, spec=spec)
+    recorded = Recipe.model_validate_json((report.run / "recipe.json").read_text())
+    assert recorded == space.recipe(report.best.values) != other
+
+
+def test_what_changes_no_trial_is_no_other_sweep(store: FeatureStore, tmp_path: Path) -> None:
+    space = make_space(tmp_path)
+    sweep(store, space=space, out=tmp_path / "out", spec=SweepSpec(1, fit=CPU))
+    priced = replace(CPU, price_per_hour=2.0)
+    sweep(store, space=space, out=tmp_path / "out", spec=SweepSpec(1, fit=priced))
 
 
 def test_another_sweep_or_a_foreign_folder_is_refused(store: FeatureStore, tmp_path: Path) -> None:
