@@ -106,7 +106,7 @@ class Fit(ABC, Generic[Model]):
         self.recipe = recipe
         rates = model.rates()
         self.optimizer = None
-        if rates and _has_steps(recipe):
+        if rates and recipe.has_steps:
             self.optimizer = build_optimizer(rates, recipe.optimizer, model.undecayed())
         self.device = model.temperature.parameter.device
         self.average = cloned_tensors(model.kept_state()) if recipe.optimizer.ema else None
@@ -330,8 +330,3 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def cloned_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copy the tensors, without graphs."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def _has_steps(recipe: Recipe) -> bool:
-    """Check whether the recipe trains at all: a closed form alone does not."""
-    return recipe.schedule.epochs > 0 or recipe.schedule.steps > 0

@@ -58,7 +58,7 @@ def pixels_of(image: Image.Image) -> Tensor:
 def small_fit(
     recipe: Recipe, cached: Tensor | None = None, teacher: Tensor | None = None
 ) -> "SmallFit":
-    """A fit of `small_vit` and `small_bert`, with weights away from where they begin.
+    """A fit of `small_vit` and `small_bert`, with perturbed weights.
 
     Args:
         cached: pooled features of the images, in the place of the image tower.
@@ -201,7 +201,7 @@ def assert_steps(
     for batch in (batch_of(2, 0, 1), batch_of(5, 3, 4)):
         before = cloned_tensors(model.kept_state())
         _, gradients = small.gradients(batch)
-        # The step computes them again: before it, a teacher's bank is put back.
+        # Computing the gradients has filled a teacher's bank, which the real step fills again.
         model.load_kept(before)
         # Gradients that clipping to 1 would change.
         assert sum(float(gradient.square().sum()) for gradient in gradients.values()) > 1

@@ -40,7 +40,8 @@ def test_lilts_views_change_as_often_and_as_much_as_the_formulas_say(
     """Each of two draws changes nothing if it is not applied (1/2), or identity (1 of 10), or
     autocontrast of a full range (1 of 10): (1/2 + 1/2 x 2/10)^2 = .36, or (1/2 + 1/2 x 1/10)^2.
 
-    Twice the strength raises the change by half or more, and an identity less by a ninth.
+    The tolerances are small enough to notice operations at twice their strength, which raise the
+    change by half or more, and a missing identity, which lowers the share by a ninth.
     """
     image = landscape(shades)
     original = array_of(image)

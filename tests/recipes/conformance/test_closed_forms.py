@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from formulas import unit
 from small_heads import draw
 from torch import Tensor
 
@@ -11,10 +12,6 @@ from apecache.metrics.retrieval import retrieval_report
 from apecache.recipes.recipe import load_recipe
 from apecache.train.batches import FeaturePairs
 from apecache.train.initial import initial_model
-
-
-def unit(x: Tensor) -> Tensor:
-    return x / x.square().sum(-1, keepdim=True).sqrt()
 
 
 def correlated(n: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from formulas import lilt_rates
+from formulas import lilt_rates, warm_cosine
 from recipes import pairs_of
 from small_heads import small_pairs, small_recipe
 
@@ -83,13 +83,6 @@ PLANS = {
 }
 
 
-def warmed_cosine(plan: Plan) -> list[float]:
-    warmup = [plan.lr * (step + 1) / plan.n_warmup for step in range(plan.n_warmup)]
-    n_rest = plan.n_steps - plan.n_warmup
-    rest = [plan.lr / 2 * (1 + math.cos(math.pi * step / n_rest)) for step in range(n_rest)]
-    return warmup + rest
-
-
 @pytest.mark.parametrize("row", PLANS)
 def test_heads_take_so_many_steps_at_these_rates(row: str) -> None:
     """The rates that the optimizer of a fit has at every step, in all of its groups."""
@@ -99,7 +92,7 @@ def test_heads_take_so_many_steps_at_these_rates(row: str) -> None:
     steps = StepCount.of(recipe, pairs_of(plan.n_images, plan.n_images))
     assert steps.n_steps == plan.n_steps
     assert training.optimizer is not None
-    for step, expected in enumerate(warmed_cosine(plan)):
+    for step, expected in enumerate(warm_cosine(plan.lr, plan.n_warmup, plan.n_steps)):
         training.step = step
         set_rates(training, steps)
         for group in training.optimizer.param_groups:
