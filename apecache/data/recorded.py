@@ -29,6 +29,7 @@ from apecache.data.media import (
     moved_media,
 )
 from apecache.data.pairs import PairSource
+from apecache.data.paths import expand_paths
 from apecache.data.sources import open_unsplit
 from apecache.data.spec import OpenSpec, spec_of_options
 from apecache.errors import ManifestError, MissingExtraError, OptionError, naming
@@ -103,35 +104,25 @@ def recorded_column(
         OptionError: This kind of source has no columns.
     """
     spec = replace(spec_of_options(record.get("options", {})), columns=(column,))
-    origins = _origins(record) if source is None else [source]
-    for origin in origins:
-        # Of several places the last one explains what is wrong.
-        try:
-            with naming(option, "--column"):
-                return dict(open_unsplit(origin, spec).columns[column])
-        except ManifestError:
-            if origin == origins[-1]:
-                raise
-    raise AssertionError("unreachable: there is at least one origin")
+    with naming(option, "--column"):
+        opened = open_unsplit(_present_origin(record) if source is None else source, spec)
+    return dict(opened.columns[column])
 
 
 def _reopened(record: Mapping[str, Any], spec: OpenSpec, root: AnyPath | None) -> Media:
     """Return the media of the recorded source; `NoMedia` if it cannot be opened."""
-    media: Media = NoMedia()
-    for origin in _origins(record):
-        try:
-            media = open_unsplit(origin, spec).media
-            break
-        except (ManifestError, MissingExtraError):
-            continue
+    try:
+        media = open_unsplit(_present_origin(record), spec).media
+    except (ManifestError, MissingExtraError):
+        media = NoMedia()
     if not isinstance(base_media(media), FolderMedia | ObjectMedia):
         return media
     media_root = root or str(record.get("root", ""))
     return moved_media(media, media_below(media_root, spec.allow_root))
 
 
-def _origins(record: Mapping[str, Any]) -> list[str]:
-    """Return the names that the recorded source may have now.
+def _present_origin(record: Mapping[str, Any]) -> str:
+    """Return the name of the recorded source: the first that is there, else the last possible.
 
     A relative path begins in the folder of the extraction, or in that of this command.
     """
@@ -141,9 +132,21 @@ def _origins(record: Mapping[str, Any]) -> list[str]:
         prefix, path = PREFIX, origin.removeprefix(PREFIX)
     is_name = bool(prefix) and not path.startswith(("./", "../"))
     if is_name or os.path.isabs(path):
-        return [origin]
+        return origin
     folder = str(record.get("options", {}).get(WORKING_FOLDER, "."))
-    return [prefix + os.path.join(folder, path), origin]
+    in_folder = os.path.join(folder, path)
+    return prefix + in_folder if _is_present(in_folder) else origin
+
+
+def _is_present(path: str) -> bool:
+    """Tell whether a file or folder exists, or any file of a range of files."""
+    if os.path.exists(path):
+        return True
+    try:
+        paths = expand_paths(path)
+    except ManifestError:
+        return False
+    return any(found.exists() for found in paths or ())
 
 
 class RecordedImages:

@@ -24,10 +24,15 @@ from PIL import Image
 
 from apecache.data.media import NoMedia
 from apecache.data.pairs import PairSource
-from apecache.data.recorded import RecordedImages, options_to_record, recorded_media
+from apecache.data.recorded import (
+    RecordedImages,
+    options_to_record,
+    recorded_column,
+    recorded_media,
+)
 from apecache.data.sources import open_pairs
 from apecache.data.spec import OpenSpec, recorded_options, spec_of_options
-from apecache.errors import OptionError
+from apecache.errors import ManifestError, OptionError
 
 
 def record_of(source: PairSource) -> dict[str, Any]:
@@ -149,6 +154,23 @@ def test_tars_with_rules_of_pixels_that_have_moved_are_asked_for(
     assert recorded_media(record) == NoMedia()
     with pytest.raises(OptionError, match=r"needs the images.*--source.*--root"):
         RecordedImages(record).require()
+
+
+def test_a_table_of_the_same_name_elsewhere_is_not_read_for_the_recorded_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for folder, column in (("data", "shop"), ("home", "color")):
+        (tmp_path / folder).mkdir()
+        write_table(tmp_path / folder / "t.csv", ["image", column], [["a.png", "x"]])
+    monkeypatch.chdir(tmp_path / "data")
+    record = record_of(open_pairs("t.csv"))
+    monkeypatch.chdir(tmp_path / "home")
+    assert recorded_column(record, "shop") == {"a.png": "x"}
+    with pytest.raises(ManifestError, match=r"'color'; columns found: image, shop.*--by"):
+        recorded_column(record, "color")
+    os.remove(tmp_path / "data" / "t.csv")
+    assert recorded_column(record, "color") == {"a.png": "x"}
 
 
 def test_a_record_of_an_earlier_version_has_only_a_folder(tmp_path: Path) -> None:
