@@ -9,8 +9,9 @@ Train images fit, a seeded 500 of them choose epochs and settings, val is only r
 that is published with a number of training samples runs with that number (`OWN_SAMPLES`), if
 `--own` names it; rows say how many samples were seen and how many are published. Runs stay in
 `--work`; those that are finished there are not fitted again, and one that was broken off goes on.
-`--keep FILE` takes the rows of recipes that this run does not measure from an earlier result. With `--cut tokens` it is the recipes on tokens, and `--pooled` measures `projection` on the
-pooled features of the same encoders beside them. References: untuned loops on the same features;
+`--keep FILE` takes the rows of recipes that this run does not measure from an earlier result. With
+`--cut tokens` it is the recipes on tokens, and `--pooled` measures `projection` on the pooled
+features of the same encoders beside them. References: untuned loops on the same features;
 the best of ten heads in each column.
 """
 
@@ -48,8 +49,6 @@ OWN_SAMPLES = {
 """Pairs that a published training goes through, the same pair in each epoch anew: LilT, 15 epochs
 of COCO's 591,753 pairs; FuseMix, 500 epochs of about 5 million; ShareLock, 5,000 steps of 16 x
 1,024. The others publish none for heads on features like these."""
-OWN_EVALUATIONS = 60
-"""On dev, of a run with its own number of samples."""
 OWN_PATIENCE = 6
 """Evaluations without a better one after which such a run ends. The schedule stays that of all
 samples, and the weights are those of the best evaluation: what follows would have to be better
@@ -107,6 +106,12 @@ def parse_arguments() -> argparse.Namespace:
         choices=sorted(OWN_SAMPLES),
         help="recipes that run with the published number of samples",
     )
+    parser.add_argument(
+        "--own-evaluations",
+        type=int,
+        default=60,
+        help="on dev, of such a run; more of them see earlier that it gets no better",
+    )
     parser.add_argument("--keep", type=Path, help="an earlier result, for recipes not measured")
     parser.add_argument("--cut", choices=("pooled", "tokens"), default="pooled")
     parser.add_argument(
@@ -135,7 +140,7 @@ def measure(
     Empty without a run."""
     recipe = shortened(load_recipe(name), 1 if options.quick else options.epochs)
     if name in options.own:
-        recipe = with_own_samples(recipe, store)
+        recipe = with_own_samples(recipe, store, options.own_evaluations)
     seeds = options.seeds if recipe.has_steps else 1
     runs = [work / f"{name}-{seed}" for seed in range(seeds)]
     splits = SplitSpec() if not options.quick else SplitSpec(dev="dev")
@@ -176,13 +181,13 @@ def measure(
     return {**row, **_counts(reports)}
 
 
-def with_own_samples(recipe: Recipe, store: FeatureStore) -> Recipe:
+def with_own_samples(recipe: Recipe, store: FeatureStore, n_evaluations: int) -> Recipe:
     """Train as many pairs as the publication; epochs are still those of this data."""
     schedule = recipe.schedule
     steps = round(OWN_SAMPLES[recipe.name] / (schedule.batch_size * schedule.accumulate))
     n_pairs = len(store.pairs.captions) if schedule.epoch == "pairs" else len(store.pairs.keys)
     n_epochs = steps * schedule.batch_size * schedule.accumulate / n_pairs
-    every = max(1, round(n_epochs / OWN_EVALUATIONS))
+    every = max(1, round(n_epochs / n_evaluations))
     return load_recipe(
         recipe.name,
         [
