@@ -10,7 +10,7 @@ that is published with a number of training samples runs with that number (`OWN_
 `--own` names it; rows say how many samples were seen and how many are published. Runs stay in
 `--work`; those that are finished there are not fitted again, and one that was broken off goes on.
 `--keep FILE` takes the rows of recipes that this run does not measure from an earlier result. With
-`--cut tokens` it is the recipes on tokens, and `--pooled` measures `projection` on the pooled
+`--cut tokens` the recipes on tokens are measured, and `--pooled` measures `projection` on the pooled
 features of the same encoders beside them. References: untuned loops on the same features;
 the best of ten heads in each column.
 """
@@ -49,6 +49,9 @@ OWN_SAMPLES = {
 """Pairs that a published training goes through, the same pair in each epoch anew: LilT, 15 epochs
 of COCO's 591,753 pairs; FuseMix, 500 epochs of about 5 million; ShareLock, 5,000 steps of 16 x
 1,024. The others publish none for heads on features like these."""
+OWN_SETTINGS = {"sharelock": ["schedule.accumulate=16"]}
+"""Of its published training, which the recipe changes for thousands of images. A step accumulates
+at most the batches that there are."""
 OWN_PATIENCE = 6
 """Evaluations without a better one after which such a run ends. The schedule stays that of all
 samples, and the weights are those of the best evaluation: what follows would have to be better
@@ -182,15 +185,18 @@ def measure(
 
 
 def with_own_samples(recipe: Recipe, store: FeatureStore, n_evaluations: int) -> Recipe:
-    """Train as many pairs as the publication; epochs are still those of this data."""
-    schedule = recipe.schedule
+    """Train as many steps as the publication; epochs are still those of this data."""
+    settings = OWN_SETTINGS.get(recipe.name, [])
+    schedule = load_recipe(recipe.name, settings).schedule
     steps = round(OWN_SAMPLES[recipe.name] / (schedule.batch_size * schedule.accumulate))
     n_pairs = len(store.pairs.captions) if schedule.epoch == "pairs" else len(store.pairs.keys)
-    n_epochs = steps * schedule.batch_size * schedule.accumulate / n_pairs
+    n_batches = max(1, n_pairs // schedule.batch_size)
+    n_epochs = steps * min(schedule.accumulate, n_batches) / n_batches
     every = max(1, round(n_epochs / n_evaluations))
     return load_recipe(
         recipe.name,
         [
+            *settings,
             f"schedule.steps={steps}",
             f"schedule.evaluate_every={every}",
             f"schedule.patience={OWN_PATIENCE}",
