@@ -11,7 +11,7 @@ from apecache.runs.load import require_head_run
 from apecache.store.array import FeatureArray
 from apecache.store.reader import FeatureStore
 from apecache.train.batches import SplitSpec
-from apecache.train.pooling import cached_array, require_pooling
+from apecache.train.pooling import cached_arrays, require_pooling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,13 @@ def features_of_recipe(
     """
     recipe = load_recipe(recipe_name)
     _require_heads(recipe)
-    return FitFeatures(
+    image, text = cached_arrays(
+        store,
         recipe=recipe,
-        image=cached_array(store, recipe=recipe, side="image", name=image_features),
-        text=cached_array(store, recipe=recipe, side="text", name=text_features),
+        image_name=image_features,
+        text_name=text_features,
     )
+    return FitFeatures(recipe=recipe, image=image, text=text)
 
 
 def features_of_run(store: FeatureStore, run: AnyPath, command: str) -> FitFeatures:

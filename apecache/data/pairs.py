@@ -165,7 +165,7 @@ def source_of_rows(
     Raises:
         ManifestError: One image is in two splits, has two labels, values or files.
     """
-    pairs = join_rows(rows, origin, fields.further)
+    pairs = join_rows(rows, where=origin, further=fields.further)
     columns: dict[str, dict[str, str]] = {name: {} for name in fields.further}
     for row in rows:
         for name, value in zip(fields.further, row.further, strict=True):
@@ -205,7 +205,9 @@ def join_rows(
     grouped: dict[str, list[TableRow]] = {}
     for row in rows:
         grouped.setdefault(row.name, []).append(row)
-    return tuple(_pair(key, group, where, further) for key, group in grouped.items())
+    return tuple(
+        _pair(key, rows=group, location=where, further=further) for key, group in grouped.items()
+    )
 
 
 def _pair(key: str, rows: list[TableRow], location: str, further: Sequence[str]) -> Pair:

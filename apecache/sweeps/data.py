@@ -10,7 +10,7 @@ from apecache.store.reader import FeatureStore
 from apecache.sweeps.population.population import STANDARDIZED_BYTES
 from apecache.train.batches import FeaturePairs
 from apecache.train.head_data import FitSpec, load_splits, require_kind
-from apecache.train.pooling import asked_pooling, cached_array
+from apecache.train.pooling import asked_pooling, cached_arrays
 from apecache.train.pretrained import with_own_scale
 
 Arrays = tuple[FeatureArray, FeatureArray]
@@ -50,19 +50,11 @@ class SweepData:
         poolings = asked_pooling(recipe, "image"), asked_pooling(recipe, "text")
         # Trials are many and poolings few: records are read once.
         if poolings not in self.opened:
-            self.opened[poolings] = (
-                cached_array(
-                    self.store,
-                    recipe=recipe,
-                    side="image",
-                    name=self.fit.image_features,
-                ),
-                cached_array(
-                    self.store,
-                    recipe=recipe,
-                    side="text",
-                    name=self.fit.text_features,
-                ),
+            self.opened[poolings] = cached_arrays(
+                self.store,
+                recipe=recipe,
+                image_name=self.fit.image_features,
+                text_name=self.fit.text_features,
             )
         return self.opened[poolings]
 

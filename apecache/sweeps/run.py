@@ -11,7 +11,6 @@ import json
 import logging
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -170,10 +169,13 @@ def _first_recipes(
         # Optuna chooses other points of the same space.
         points = [space.draw(spec.seed, number) for number in range(min(spec.n_trials, WAVE))]
     for values in points[:WAVE]:
-        with suppress(RecipeError):
+        try:
             recipe = space.recipe(values)
-            if recipe.trains_heads_alone:
-                yield recipe
+        except RecipeError:
+            # It fails later, as a trial.
+            continue
+        if recipe.trains_heads_alone:
+            yield recipe
 
 
 def _identity(store: FeatureStore, space: Space, spec: SweepSpec) -> Fingerprint:

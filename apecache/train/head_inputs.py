@@ -16,7 +16,7 @@ from apecache.train.batches import FeaturePairs
 from apecache.train.head_data import FitSpec, load_splits
 from apecache.train.keep_list import digest_keep_list
 from apecache.train.model import AlignmentModel
-from apecache.train.pooling import cached_array
+from apecache.train.pooling import cached_arrays
 from apecache.train.pretrained import with_own_scale
 
 
@@ -100,8 +100,12 @@ def open_inputs(store: FeatureStore, recipe: Recipe, spec: FitSpec) -> HeadInput
         StoreError, MismatchError: As `cached_array`.
         EncoderError: As `with_own_scale`.
     """
-    image = cached_array(store, recipe=recipe, side="image", name=spec.image_features)
-    text = cached_array(store, recipe=recipe, side="text", name=spec.text_features)
+    image, text = cached_arrays(
+        store,
+        recipe=recipe,
+        image_name=spec.image_features,
+        text_name=spec.text_features,
+    )
     return HeadInputs(
         store=store,
         recipe=with_own_scale(recipe, image.record.spec, text.record.spec),

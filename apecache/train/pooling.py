@@ -56,11 +56,25 @@ def cached_array(
         if len(suited) == 1:
             return suited[0]
         if arrays and not suited:
-            require_pooling(store, min(arrays, key=_n_detours), recipe)
+            # Refuses them, and names those that are nearest to what is asked for.
+            require_pooling(store, min(arrays, key=_n_differences), recipe)
     # With no features, or several suited ones, the store's own message lists what there is.
     array = store.array(side, name)
     require_pooling(store, array, recipe)
     return array
+
+
+def cached_arrays(
+    store: FeatureStore,
+    recipe: Recipe,
+    image_name: str | None,
+    text_name: str | None,
+) -> tuple[FeatureArray, FeatureArray]:
+    """Return the cached features of images and of texts; raises as `cached_array` does."""
+    return (
+        cached_array(store, recipe=recipe, side="image", name=image_name),
+        cached_array(store, recipe=recipe, side="text", name=text_name),
+    )
 
 
 def has_asked_pooling(array: FeatureArray, recipe: Recipe) -> bool:
@@ -90,7 +104,9 @@ def require_pooling(store: FeatureStore, array: FeatureArray, recipe: Recipe) ->
         )
     if commands:
         # Two cuts of one encoder have one command.
-        steps.append(f"add the others with: {'; and with: '.join(dict.fromkeys(commands))}")
+        steps.append(
+            f"add those pooled by {pooling} with: {'; and with: '.join(dict.fromkeys(commands))}"
+        )
     raise MismatchError(
         f"recipe {recipe.name}: towers.{side}_pooling is {pooling}, but the {side} features "
         f"{described}; {'; '.join(steps)}"
@@ -107,7 +123,7 @@ def _unsuited_parts(array: FeatureArray, recipe: Recipe) -> list[FeatureArray]:
 
 
 def is_pooled_by(array: FeatureArray, pooling: str) -> bool:
-    """Tell whether features are one vector of the encoder's end, pooled in this way."""
+    """Tell whether features are one vector of the encoder's output, pooled in this way."""
     record = array.record
     is_end = record.spec.layer is None and array.tokens is None
     return is_end and pooling_of(record) == pooling
@@ -133,8 +149,8 @@ def _at(fields: Mapping[str, Any], section: str, key: str) -> Any:
     return values.get(key) if isinstance(values, Mapping) else None
 
 
-def _n_detours(array: FeatureArray) -> int:
-    """Count what makes features a poor example of what a store has beside those it lacks."""
+def _n_differences(array: FeatureArray) -> int:
+    """Count in how many ways features differ from pooled ones of an encoder; imported ones most."""
     spec = array.record.spec
     return (spec.layer is not None) + (array.tokens is not None) + 4 * spec.is_imported
 

@@ -44,8 +44,8 @@ NOT_RUN = (
     "Not run again, because an arm trains the image tower, its norms or its adapters, so that the "
     "tower runs from pixels in every step: L3, L4, L5, L7, L8, L9 and L10, and most of L1, L2 and "
     "L12.",
-    "Not run, although all arms read the image side from the cache: token anchors (L11), whose "
-    "attention to the tokens of both sides takes about an hour of one core.",
+    "Not run, although all arms read the image side from the cache: token anchors (L11), which attend "
+    "to the tokens of both sides.",
     "What is left: the runs of the same law that are still to be made, at this size and at the "
     "rate of those that were made.",
 )

@@ -7,9 +7,9 @@ from statistics import fmean
 from benchmarks.laws.law import COUNTED, PER_POINT, SHIFTS, Claim, Metric
 from benchmarks.laws.outcome import Outcome
 
-LEFT = 0.8
+MOST_LOSS = 0.8
 """Share of ln(candidates), the loss of a guess, below which the last epoch's loss must be."""
-OF_HEADS = 0.5
+LEAST_OF_HEADS = 0.5
 """Share of the value above chance of heads alone that the best arm must reach."""
 HEADS_ALONE = "cca"
 """Recipe of heads alone: a closed form, so that it depends on no schedule."""
@@ -96,7 +96,7 @@ def _unlearnt(outcomes: Mapping[str, Sequence[Outcome]]) -> str:
             return f"the number of candidates of {arm} was not recorded"
         guess = math.log(found[0].candidates)
         mean_loss = fmean(loss for loss in losses if loss is not None)
-        if mean_loss > LEFT * guess:
+        if mean_loss > MOST_LOSS * guess:
             return (
                 f"{arm} has hardly learnt: its loss is {mean_loss:.2f}, and ln({found[0].candidates}) "
                 f"is {guess:.2f}"
@@ -120,7 +120,7 @@ def _too_low(
     chance = heads_alone.chance.get(metric, 0.0)
     if reached <= chance:
         return f"heads alone ({HEADS_ALONE}) reach {reached:.1f}, and chance is {chance:.1f}"
-    if best - chance < OF_HEADS * (reached - chance):
+    if best - chance < LEAST_OF_HEADS * (reached - chance):
         return (
             f"the best arm reaches {best:.1f}, heads alone ({HEADS_ALONE}) {reached:.1f}, "
             f"chance is {chance:.1f}"

@@ -7,7 +7,11 @@ A module of its own, for `conftest` is the name of several files here.
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+    from torch import Tensor
 
 COLORS = {
     "red": (220, 30, 30),
@@ -18,7 +22,7 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle")
 
 
-def draw_shape(color: str, shape: str, side: int = 48):  # type: ignore[no-untyped-def]
+def draw_shape(color: str, shape: str, side: int = 48) -> "Picture":
     """An RGB picture of one shape on white."""
     from PIL import Image, ImageDraw
 
@@ -38,7 +42,7 @@ def draw_shape(color: str, shape: str, side: int = 48):  # type: ignore[no-untyp
     return image
 
 
-def draw_landscape(width: int, height: int, shades: tuple[int, int] = (0, 255)):  # type: ignore[no-untyped-def]
+def draw_landscape(width: int, height: int, shades: tuple[int, int] = (0, 255)) -> "Picture":
     """An RGB picture of smooth colors with texture, like a photo, from one shade to the other."""
     import numpy as np
     from PIL import Image
@@ -54,7 +58,7 @@ def draw_landscape(width: int, height: int, shades: tuple[int, int] = (0, 255)):
     return Image.fromarray(values)
 
 
-def squash(image):  # type: ignore[no-untyped-def]
+def squash(image: "Picture") -> "Tensor":
     """The pixels that the tiny image encoder takes, of the whole image: resized, not cropped."""
     import numpy as np
     import torch

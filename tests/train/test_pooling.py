@@ -383,7 +383,7 @@ def test_heads_on_pooled_features_that_find_tokens_get_the_command(
     with pytest.raises(MismatchError) as caught:
         fit_head(tokens, recipe=short, out=tmp_path / "run", spec=spec)
     message = str(caught.value)
-    assert " are tokens; add the others with: apecache extract SOURCE" in message
+    assert " are tokens; add those pooled by cls with: apecache extract SOURCE" in message
     assert message.endswith("--text-cut cls")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from apecache.recipes.recipe import freeze_names, load_recipe
 from apecache.train.fit import StepCount
+from apecache.train.live import ImageInputs
 from apecache.train.loop import take_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,6 +114,9 @@ def test_all_36_have_the_same_optimization() -> None:
 
 
 def test_images_are_seen_in_random_resized_crops_of_90_to_100_percent() -> None:
-    views = fit_of("Vuf-Tuu").fit.seen[0].views  # type: ignore[attr-defined]
+    images = fit_of("Vuf-Tuu").fit.seen[0]
+    assert isinstance(images, ImageInputs)
+    views = images.views
+    assert views is not None
     assert (views.count, views.scale, views.ratio) == (1, (0.9, 1.0), (3 / 4, 4 / 3))
     assert (views.flip, views.operations, views.jitter) == (False, 0, 0.0)

@@ -264,8 +264,13 @@ def test_embeddings_losses_and_all_gradients_are_those_of_the_formulas(name: str
             gradient,
             rtol=1e-3,
             atol=1e-5,
-            msg=lambda text, key=key: f"{key}: {text}",  # type: ignore[misc]
+            msg=named(key),
         )
+
+
+def named(name: str) -> Callable[[str], str]:
+    """Put a name in front of the message of a comparison."""
+    return lambda text: f"{name}: {text}"
 
 
 FIXED = {name: {"temperature.log_scale"} for name in ("sharelock", "structure")}
