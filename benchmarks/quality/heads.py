@@ -75,7 +75,8 @@ def main() -> None:
         ]
         if options.cut == "tokens" and options.pooled:
             options.image_features, options.text_features = options.pooled
-            rows.append(measure(store, name="projection", options=options, work=work))
+            beside = measure(store, name="projection", options=options, work=work)
+            rows += [beside] if beside else []
         if options.cut == "pooled":
             rows += combined(store, work, rows)
     rows += kept_rows(options.keep, {row["recipe"] for row in rows})
@@ -142,7 +143,7 @@ def measure(
     """Means over seeds; `spread` is the standard deviation over seeds of the mean of both R@1.
     Empty without a run."""
     recipe = shortened(load_recipe(name), 1 if options.quick else options.epochs)
-    if name in options.own:
+    if name in options.own and not options.quick:
         recipe = with_own_samples(recipe, store, options.own_evaluations)
     seeds = options.seeds if recipe.has_steps else 1
     runs = [work / f"{name}-{seed}" for seed in range(seeds)]
